@@ -1,0 +1,1 @@
+"""The `bayes-merge` command: parse, call one library function, print."""
