@@ -1,1 +1,16 @@
-"""mergekit_bayes.checkpoint"""
+"""Models, adapters and precisions on disk, known by their headers and read block by block.
+
+    dtypes       element types, as safetensors headers name them
+    files        opening one file, its JSON, and outside text in messages
+    header       the header of one safetensors file
+    index        a model folder: single file or shards
+    reference    `model@revision+adapter` and where it lies
+    adapter      a PEFT LoRA adapter folder
+    sidecar      the precisions beside a checkpoint
+    fingerprint  which weights these are, without reading all of them
+    reader       blocks of tensors from disk
+    writer       blocks of tensors to disk
+    output       the output folder: locked, staged, published whole
+
+Everything but reading and writing blocks works without importing torch.
+"""

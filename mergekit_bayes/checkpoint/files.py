@@ -1,0 +1,150 @@
+"""One file of a checkpoint: opening it, reading its JSON, and naming what is in it.
+
+Folders come from strangers. A file may be a pipe, a link out of its folder, a million nested lists, or
+carry names made of control characters; nothing here waits, follows, recurses or prints without a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+import stat
+from pathlib import Path
+
+from mergekit_bayes.errors import CheckpointError
+
+_SHOWN_CHARACTERS = 200
+_LONGEST_NUMBER = 30  # more digits than any 64-bit number; int() alone is quadratic in their count
+_MAX_JSON_BYTES = 100_000_000
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxlong, _BRIEF.maxlist, _BRIEF.maxdict = 2, 100, 40, 8, 8
+
+
+def shown(text: str | Path) -> str:
+    """Returns a tensor name, path or other outside text as it may stand in a message: escaped and cut."""
+    text = str(text)
+    safe = text if text.isprintable() else repr(text)
+    if len(safe) <= _SHOWN_CHARACTERS:
+        return safe
+    return f"{safe[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
+
+
+def brief(value: object) -> str:
+    """Returns a short form of a parsed value for a message, however large or deep the value is."""
+    return _BRIEF.repr(value)
+
+
+def listed(names: list[str], limit: int = 20) -> str:
+    """Returns names for a message, escaped and separated by commas; beyond `limit` only their count."""
+    text = ", ".join(map(shown, names[:limit]))
+    return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
+
+
+def open_regular(path: Path) -> int:
+    """Opens a regular file for reading and returns its descriptor; pipes, devices and folders are refused.
+
+    Raises:
+        CheckpointError: it cannot be opened, or is not a regular file.
+    """
+    try:
+        # O_NONBLOCK: a pipe somebody left in the folder must fail, not wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{shown(path)}: cannot be opened: {reason}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "neither a file nor a folder"
+        raise CheckpointError(f"{shown(path)}: is {kind}; expected a file")
+    return descriptor
+
+
+def read_exactly(path: Path, descriptor: int, length: int, offset: int) -> bytes:
+    """Reads `length` bytes at `offset`.
+
+    Raises:
+        CheckpointError: the file ends earlier, which it did not when its size was taken.
+    """
+    pieces: list[bytes] = []
+    while length:
+        piece = os.pread(descriptor, length, offset)
+        if not piece:
+            raise CheckpointError(f"{shown(path)}: changed while reading: {length} bytes missing at {offset}")
+        pieces.append(piece)
+        length -= len(piece)
+        offset += len(piece)
+    return b"".join(pieces)
+
+
+def load_json(text: str) -> object:
+    """Parses JSON that has exactly one meaning: duplicate keys and absurd nesting or numbers are refused.
+
+    Raises:
+        ValueError: with the reason; the caller knows the file.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object_without_duplicates, parse_int=_whole_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """Reads a JSON file that holds one object, such as `config.json` or an index of shards.
+
+    Raises:
+        CheckpointError: it cannot be opened, is too large, or is not one unambiguous JSON object.
+    """
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > _MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{shown(path)}: has {size} bytes; expected JSON of at most {_MAX_JSON_BYTES}"
+            )
+        raw = read_exactly(path, descriptor, size, 0)
+    finally:
+        os.close(descriptor)
+    return parse_json_object(raw, f"{shown(path)}:")
+
+
+def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
+    """Parses bytes that must be one JSON object.
+
+    Args:
+        raw: the bytes.
+        where: how messages begin, such as `config.json:`.
+
+    Raises:
+        CheckpointError: they are not UTF-8, not JSON, ambiguous, or not an object.
+    """
+    try:
+        value = load_json(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is not UTF-8 (byte {error.start})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where} is {brief(value)}; expected a JSON object")
+    return value
+
+
+def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {shown(key)} appears twice")
+            seen.add(key)
+    return result
+
+
+def _whole_number(text: str) -> int | float:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} digits")
+    return (
+        -0.0 if text == "-0" else int(text)
+    )  # -0 is a float to the format's reference parser, so not a size
