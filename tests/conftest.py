@@ -30,7 +30,7 @@ TinyCheckpoints = Callable[..., Path]
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoints:
     """`tiny_checkpoint("llama", seed=1, drift=0.01, dtype="bfloat16", max_shard_size="8KB")` -> folder.
 
-    Arguments as in `tests.tiny_models.save_tiny_model`, dtype by name. Built once: copy it before changing it.
+    Arguments as in `tests.tiny_models.save_tiny_model`, dtype by name. Built once; copy before changing it.
     """
     root = tmp_path_factory.mktemp("tiny_models")
     built: dict[tuple[object, ...], Path] = {}

@@ -19,7 +19,7 @@ from mergekit_bayes import errors
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mergekit_bayes"
 
-# A module may import from its own row and the rows below. Rows with several names: siblings do not know each other.
+# A module imports from itself and from the rows below; names in one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("finetune", "merge", "preview", "evaluate"),
@@ -95,7 +95,7 @@ def test_every_error_is_in_the_tree_and_under_its_root() -> None:
 
 
 def test_errors_are_raised_from_one_tree_only() -> None:
-    """No other module defines an exception class: `except MergekitBayesError` catches what is raised on purpose."""
+    """`except MergekitBayesError` catches all that is raised on purpose: no exception is defined elsewhere."""
     strays = [
         f"{path.name}: {node.name}"
         for layer, path in _sources()

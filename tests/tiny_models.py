@@ -1,10 +1,10 @@
 """Tiny real models: transformers architectures with a few thousand weights, saved the way people save theirs.
 
-Every weight comes from NumPy's PCG64 stream for (seed, tensor name), scaled by a power of two: the bits do not
-depend on the machine, so outputs of other programs on these models can be committed and compared with. A
-checkpoint with `drift > 0` is the checkpoint of seed 0 moved a little, as fine-tuning moves a base.
+Every weight comes from NumPy's PCG64 stream for (seed, tensor name), scaled by a power of two: the bits do
+not depend on the machine, so outputs of other programs on these models can be committed and compared with.
+A checkpoint with `drift > 0` is the checkpoint of seed 0 moved a little, as fine-tuning moves a base.
 
-Needs only numpy, torch, transformers (and peft for adapters): scripts that run other merging tools import it too.
+Needs numpy, torch, transformers (and peft for adapters) only: scripts for other merging tools use it too.
 """
 
 from __future__ import annotations
