@@ -1,1 +1,25 @@
-"""mergekit_bayes.posterior"""
+"""Posteriors of weight tensors, and the rule that merges them.
+
+    family.py        Posterior: what every family can do
+    isotropic.py     Isotropic: one precision for the whole tensor
+    diagonal.py      Diagonal: one precision per entry
+    elementwise.py   the algebra those two share
+    rule.py          merge_posteriors: natural parameters add
+    mismatch.py      mismatch: what a merge will cost each source
+
+A posterior holds a `mean` and a `precision`: the inverse variance at data scale, that is, of the loss summed
+over the training units, with the prior included once. Values are checked when a posterior is built
+(`Diagonal(mean, precision)`) and after every operation of the algebra; `unchecked` and `merge_posteriors`
+leave that to the caller, because they run on blocks inside compiled loops. A new family is one more file.
+Importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from mergekit_bayes.posterior.diagonal import Diagonal
+from mergekit_bayes.posterior.family import Posterior
+from mergekit_bayes.posterior.isotropic import Isotropic
+from mergekit_bayes.posterior.mismatch import mismatch
+from mergekit_bayes.posterior.rule import merge_posteriors
+
+__all__ = ["Diagonal", "Isotropic", "Posterior", "merge_posteriors", "mismatch"]

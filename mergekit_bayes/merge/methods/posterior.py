@@ -1,0 +1,39 @@
+r"""The rule itself: q = q_0 prod_t (q_t / q_0)^alpha_t, for whatever families the posteriors have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mergekit_bayes.merge.registry import merge_method
+from mergekit_bayes.posterior import merge_posteriors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_bayes.posterior import Posterior
+
+
+@merge_method("posterior", base="required", precision="optional", prior="required", paper="arXiv 2506.14262")
+def posterior(
+    base: Posterior, sources: Sequence[Posterior], weights: Tensor, *, floor: float | None = None
+) -> Posterior:
+    r"""Product of the task posteriors with the prior counted once.
+
+        q = q_0 prod_t (q_t / q_0)^alpha_t
+        S = S_0 + sum_t alpha_t (S_t - S_0) ,     m = theta_0 + S^-1 sum_t alpha_t S_t (m_t - theta_0)
+
+    (Khan, arXiv 2506.14262; Monzon Maldonado et al., "Variational model merging", arXiv 2412.08147.) Unlike
+    `gradient_matching` it asks no precision of every source: one without a sidecar has learned where its mean
+    is and nothing else, S_t = S_0. With no sidecar at all it is task arithmetic.
+
+    Args:
+        base: mean theta_0 and prior precision S_0, shape (*weight).
+        sources: the task posteriors, in any family.
+        weights: alpha_t, shape (sources,); negative ones remove a task.
+        floor: lower bound for S, which negative weights can make negative.
+
+    Returns:
+        The merged posterior, in the richest family among base and sources; its values are not checked.
+    """
+    return merge_posteriors(base, sources, weights, floor=floor)

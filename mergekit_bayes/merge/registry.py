@@ -1,0 +1,287 @@
+"""The registry of merge methods: what a method declares, and how it is found by name.
+
+A merge method is one function in one file of `mergekit_bayes.merge.methods` (or of any package that names it
+in the entry-point group `mergekit_bayes.merge_methods`):
+
+    @merge_method("task_arithmetic", base="required", precision="unused", prior="unused", paper="arXiv
+    2212.04089") def task_arithmetic(base, sources, weights, *, floor=None): ...
+
+The function turns posteriors into a posterior and knows no recipe, file, name or device. What the planner
+must know before any tensor is read - which inputs the method needs, which parameters a recipe may set, how
+recipe weights become effective weights - stands in the decorator. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+from mergekit_bayes.errors import MethodError, UnknownMethodError
+from mergekit_bayes.merge.parameter import Parameter, resolve_parameters
+
+if TYPE_CHECKING:
+    import torch
+
+    from mergekit_bayes.posterior import Posterior
+
+__all__ = ["MergeKernel", "MergeMethod", "Parameter", "get_method", "merge_method", "method_names", "methods"]
+
+BaseUse = Literal["required", "unused"]
+PrecisionUse = Literal["required", "unused", "optional"]
+PriorUse = Literal["required", "unused"]
+WeightRule = Callable[[tuple[float, ...], Mapping[str, object]], tuple[float, ...]]
+
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+# Names people bring along from mergekit recipes; a misspelling hint would be misleading for them.
+MERGEKIT_ONLY = frozenset(
+    {
+        "arcee_fusion",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "dare_linear",
+        "dare_ties",
+        "della",
+        "della_linear",
+        "karcher",
+        "lrp",
+        "model_stock",
+        "multislerp",
+        "nearswap",
+        "nuslerp",
+        "passthrough",
+        "ram",
+        "ramplus_tl",
+        "sce",
+        "slerp",
+        "ties",
+    }
+)
+
+
+class MergeKernel(Protocol):
+    """The function behind a merge method: posteriors of one tensor, or of a block of it, in; their merge out.
+
+    A kernel is elementwise (the merge of a block is the block of the merge), computes in the dtype of its
+    inputs, does not change them, and uses tensor arithmetic only, so that it can be compiled.
+    """
+
+    __name__: str
+    __doc__: str | None
+
+    def __call__(
+        self,
+        base: Posterior,
+        sources: Sequence[Posterior],
+        weights: torch.Tensor,
+        *,
+        floor: float | None = None,
+    ) -> Posterior:
+        """Merge `sources` with `weights`, shape (sources,), around `base`; see the method's own docstring."""
+        ...
+
+
+Kernel = TypeVar("Kernel", bound=MergeKernel)
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A registered merge method: its kernel, and everything the planner needs to know about it.
+
+    Args:
+        name: the name used in recipes.
+        aliases: other names for the same method.
+        kernel: the function from posteriors to a posterior.
+        base: "required" if the base's mean enters the result; "unused" if the method runs without a base
+            model.
+        precision: "required" if every source needs a precision sidecar; "optional" if a source without one is
+            taken to have the prior precision; "unused" if precisions do not enter, and none is produced.
+        prior: "required" if the prior precision enters the result.
+        paper: where the method comes from, e.g. "arXiv 2212.04089".
+        summary: the first line of the kernel's docstring.
+        parameters: what a recipe's `parameters` may set, besides `weight`.
+        weight_rule: turns checked recipe weights and resolved parameters into effective weights; None keeps
+            them.
+    """
+
+    name: str
+    kernel: MergeKernel
+    base: BaseUse
+    precision: PrecisionUse
+    prior: PriorUse
+    paper: str
+    summary: str
+    aliases: tuple[str, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    weight_rule: WeightRule | None = field(default=None, repr=False)
+
+    def resolve_parameters(self, parameters: Mapping[str, object]) -> dict[str, object]:
+        """Check recipe parameters against the declaration and fill in the defaults.
+
+        Args:
+            parameters: values by name, without `weight`; names may be missing.
+
+        Returns:
+            One value per declared parameter, in declaration order.
+
+        Raises:
+            MethodError: a name the method does not have, a value of the wrong type or outside its range.
+        """
+        return resolve_parameters(f"merge method `{self.name}`", self.parameters, parameters)
+
+    def effective_weights(
+        self, weights: Sequence[float], parameters: Mapping[str, object]
+    ) -> tuple[float, ...]:
+        """Turn the weights of a recipe into the weights the kernel is given.
+
+        Args:
+            weights: one finite number per source; negative ones remove a source.
+            parameters: recipe parameters by name, without `weight`; missing ones take their default.
+
+        Returns:
+            One weight per source, in the same order.
+
+        Raises:
+            MethodError: no source, a weight that is not finite, an illegal parameter, or weights that the
+                method cannot use (for example a zero sum that should be normalised).
+        """
+        checked = tuple(float(weight) for weight in weights)
+        if not checked:
+            raise MethodError(f"merge method `{self.name}`: there is no source; at least one is needed")
+        for position, weight in enumerate(checked):
+            if not math.isfinite(weight):
+                raise MethodError(
+                    f"merge method `{self.name}`: weight of source {position} is {weight}, not a number"
+                )
+        resolved = self.resolve_parameters(parameters)
+        return checked if self.weight_rule is None else self.weight_rule(checked, resolved)
+
+
+_methods: dict[str, MergeMethod] = {}
+
+
+def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
+    name: str,
+    *,
+    base: BaseUse,
+    precision: PrecisionUse,
+    prior: PriorUse,
+    paper: str,
+    aliases: tuple[str, ...] = (),
+    parameters: tuple[Parameter, ...] = (),
+    weights: WeightRule | None = None,
+) -> Callable[[Kernel], Kernel]:
+    """Register the decorated function as the merge method `name`; the function itself is returned unchanged.
+
+    Args:
+        name: lower-case name for recipes, letters, digits and underscores.
+        base: "required" or "unused": does the base's mean enter the result?
+        precision: "required", "optional" or "unused": do the sources' precisions?
+        prior: "required" or "unused": does the prior precision?
+        paper: where the method comes from.
+        aliases: other names for the same method.
+        parameters: what a recipe's `parameters` may set, besides `weight`.
+        weights: pure function from recipe weights and resolved parameters to effective weights.
+
+    Raises:
+        MethodError: a name that is taken or malformed, a kernel without docstring or with another signature.
+    """
+
+    def register(kernel: Kernel) -> Kernel:
+        for taken in (name, *aliases):
+            if not NAME.fullmatch(taken):
+                raise MethodError(
+                    f"merge method name {taken!r}: use lower-case letters, digits and underscores"
+                )
+        _check_kernel(name, kernel)
+        summary = inspect.getdoc(kernel).splitlines()[0]  # type: ignore[union-attr]  # checked just above
+        _add(
+            MergeMethod(
+                name=name,
+                aliases=aliases,
+                kernel=kernel,
+                base=base,
+                precision=precision,
+                prior=prior,
+                paper=paper,
+                summary=summary,
+                parameters=parameters,
+                weight_rule=weights,
+            )
+        )
+        return kernel
+
+    return register
+
+
+def get_method(name: str) -> MergeMethod:
+    """Return the merge method registered under `name` or one of its aliases.
+
+    Raises:
+        UnknownMethodError: there is none; the message offers the nearest name.
+    """
+    _discover()
+    for method in _methods.values():
+        if name == method.name or name in method.aliases:
+            return method
+    known = ", ".join(f"`{each}`" for each in method_names())
+    if name in MERGEKIT_ONLY:
+        raise UnknownMethodError(
+            f"merge method `{name}` is mergekit's and not supported here; there are {known}"
+        )
+    names = [each for method in methods() for each in (method.name, *method.aliases)]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    raise UnknownMethodError(f"unknown merge method `{name}`; there are {known}.{hint}")
+
+
+def method_names() -> tuple[str, ...]:
+    """Names of all merge methods, sorted, without aliases."""
+    return tuple(method.name for method in methods())
+
+
+def methods() -> tuple[MergeMethod, ...]:
+    """All merge methods, sorted by name."""
+    _discover()
+    return tuple(_methods[name] for name in sorted(_methods))
+
+
+def _discover() -> None:
+    """Import the package of methods, whose files register themselves; only the first call does anything."""
+    importlib.import_module("mergekit_bayes.merge.methods")
+
+
+def _add(method: MergeMethod) -> None:
+    taken = {name: each for each in _methods.values() for name in (each.name, *each.aliases)}
+    for name in (method.name, *method.aliases):
+        if name in taken:
+            here, there = _place(method.kernel), _place(taken[name].kernel)
+            raise MethodError(
+                f"merge method `{name}` is registered twice: by {there} and by {here}; rename one"
+            )
+    _methods[method.name] = method
+
+
+def _check_kernel(name: str, kernel: MergeKernel) -> None:
+    if not inspect.getdoc(kernel):
+        raise MethodError(
+            f"merge method `{name}`: {_place(kernel)} needs a docstring with its equation and paper"
+        )
+    seen = [(parameter.name, parameter.kind) for parameter in inspect.signature(kernel).parameters.values()]
+    positional, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    wanted = [("base", positional), ("sources", positional), ("weights", positional), ("floor", keyword)]
+    if seen != wanted:
+        raise MethodError(
+            f"merge method `{name}`: {_place(kernel)} has the signature {inspect.signature(kernel)}; "
+            "a kernel takes (base, sources, weights, *, floor=None)"
+        )
+
+
+def _place(kernel: MergeKernel) -> str:
+    return f"{kernel.__module__}.{kernel.__name__}"

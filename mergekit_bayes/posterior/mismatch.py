@@ -1,0 +1,49 @@
+r"""What a merge will cost each source, before it is evaluated.
+
+The rule replaces each task's loss by the quadratic its posterior stands for; what is lost at the merged mean
+is, to second order and per source,
+
+    1/2 sum (m - m_t)^2 (S_t - S_0) ,
+
+summed over the entries of a tensor: H_t = S_t - S_0 is the curvature of the task's loss, summed over its
+training units (the correction terms of arXiv 2506.14262; gradient mismatch in arXiv 2310.12808).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mergekit_bayes.errors import ShapeMismatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergekit_bayes.posterior.family import Posterior
+
+__all__ = ["mismatch"]
+
+
+def mismatch(merged_mean: Tensor, source: Posterior, base: Posterior) -> Tensor:
+    r"""The increase of the source's loss that its own posterior predicts: 1/2 sum (m - m_t)^2 (S_t - S_0).
+
+    Exact for a quadratic loss with curvature S_t - S_0 and minimum m_t. When m_t minimises the loss plus the
+    prior, so that a slope remains, it is the increase beyond that slope. Negative where the base is more
+    certain than the source.
+
+    Args:
+        merged_mean: m, shape (*weight).
+        source: the task posterior N(m_t, 1/S_t), shape (*weight).
+        base: the prior, of which only the precision S_0 is used.
+
+    Returns:
+        0-dim, in units of the loss summed over the source's training units (nats for a log-likelihood).
+
+    Raises:
+        ShapeMismatchError: `merged_mean` has another shape than the source.
+    """
+    if merged_mean.shape != source.mean.shape:
+        raise ShapeMismatchError(
+            f"mismatch: merged mean of shape {tuple(merged_mean.shape)}, source of {tuple(source.mean.shape)}"
+        )
+    curvature = source.precision_tensor() - base.precision_tensor()
+    return (merged_mean - source.mean).square_().mul_(curvature).sum() / 2
