@@ -3,7 +3,8 @@
     dtypes       element types, as safetensors headers name them
     files        opening one file, its JSON, and outside text in messages
     header       the header of one safetensors file
-    index        a model folder: single file or shards
+    shards       a single file, or an index and its shards
+    index        a model folder
     reference    `model@revision+adapter` and where it lies
     adapter      a PEFT LoRA adapter folder
     sidecar      the precisions beside a checkpoint

@@ -10,6 +10,7 @@ import json
 import os
 import reprlib
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from mergekit_bayes.errors import CheckpointError
@@ -36,10 +37,32 @@ def brief(value: object) -> str:
     return _BRIEF.repr(value)
 
 
-def listed(names: list[str], limit: int = 20) -> str:
-    """Returns names for a message, escaped and separated by commas; beyond `limit` only their count."""
+def listed(names: Sequence[str], limit: int = 20) -> str:
+    """Returns names for a message, escaped and separated by commas; beyond `limit`, their count."""
     text = ", ".join(map(shown, names[:limit]))
     return text if len(names) <= limit else f"{text} and {len(names) - limit} more"
+
+
+def contained(folder: Path, name: str) -> Path:
+    """Returns the path of a file of a folder, given a name that the folder's own JSON may have chosen.
+
+    A link is followed only if it stays in the folder or leads into the store of the hub's cache, whose
+    folders consist of such links.
+
+    Raises:
+        CheckpointError: the name is not a plain file name, or the link leads elsewhere.
+    """
+    if not _is_file_name(name):
+        raise CheckpointError(
+            f"{shown(folder)}: names the file {shown(name)}; expected a file in this folder"
+        )
+    path = folder / name
+    target = Path(os.path.realpath(path))
+    inside = target.is_relative_to(os.path.realpath(folder))
+    if path.is_symlink() and not inside and not _in_hub_store(target):
+        leaves = f"{shown(path)}: is a link that leaves its folder, to {shown(target)}"
+        raise CheckpointError(f"{leaves}; replace it by a copy of that file")
+    return path
 
 
 def open_regular(path: Path) -> int:
@@ -129,6 +152,23 @@ def parse_json_object(raw: bytes, where: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} is {brief(value)}; expected a JSON object")
     return value
+
+
+def _is_file_name(name: str) -> bool:
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return False
+    return 0 < length <= 255 and name not in (".", "..") and not any(mark in name for mark in "/\\\0")
+
+
+def _in_hub_store(target: Path) -> bool:
+    # <cache>/models--<org>--<name>/blobs/<etag>, or the store shared by all repositories:
+    # <cache>/blobs/<xx>/<hash>
+    store = target.parent
+    if store.name == "blobs":
+        return store.parent.name.startswith("models--")
+    return store.parent.name == "blobs" and len(store.name) == 2 and target.name.startswith(store.name)
 
 
 def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

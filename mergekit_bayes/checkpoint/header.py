@@ -7,9 +7,8 @@ wins): a file is read only if there is exactly one way to read it.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -98,39 +97,6 @@ def read_header(path: Path) -> Header:
     tensors.sort(key=lambda info: (info.offset, info.nbytes))
     _check_tiling(path, tensors, start, size)
     return Header(path, metadata, MappingProxyType({info.name: info for info in tensors}))
-
-
-def encode_header(
-    tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None
-) -> bytes:
-    """Returns the bytes that open a safetensors file whose tensors follow back to back in the given order.
-
-    The same input always gives the same bytes (the reference writer orders metadata at random). The result is
-    padded to eight bytes, so tensors ordered by falling element width stay aligned.
-
-    Args:
-        tensors: name, dtype (a key of `DTYPES`) and shape of each.
-        metadata: free strings, written with sorted keys; none if empty.
-
-    Raises:
-        CheckpointError: a name twice, the reserved name, an unknown dtype, or a header beyond the format's
-            limit.
-    """
-    fields: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for name, dtype, shape in tensors:
-        if name in fields or name == _METADATA:
-            raise CheckpointError(f"tensor {shown(name)}: this name is reserved or used twice in one file")
-        if dtype not in DTYPES:
-            raise CheckpointError(f"tensor {shown(name)}: dtype {shown(dtype)} cannot be written")
-        end = offset + element_count(shape) * DTYPES[dtype].itemsize
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % _LENGTH_BYTES)
-    if len(text) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"a header of {len(text)} bytes; the format allows at most {MAX_HEADER_BYTES}")
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
 def element_count(shape: Sequence[int]) -> int:
