@@ -24,7 +24,7 @@ from mergekit_bayes.errors import NonFiniteError
 Tensors = Mapping[str, torch.Tensor]
 
 Predict = Callable[[Tensors, Tensors, Tensors], tuple[torch.Tensor, torch.Tensor]]
-"""(params, buffers, row) to logits (positions, classes) and mask (positions,), 1 where a label is predicted."""
+"""(params, buffers, row) to logits (positions, classes) and mask (positions,): 1 where a label is predicted"""
 
 
 @dataclass(frozen=True)
