@@ -21,17 +21,33 @@ import torch
 VOCABULARY = 48
 _TEXT = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _DECODER = {**_TEXT, "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 32}
+_ENCODER = {**_TEXT, "intermediate_size": 24, "max_position_embeddings": 32}
+_VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 3,
+}
 _UNTIED = {"tie_word_embeddings": False}
 _TIED = {"tie_word_embeddings": True}
+_EXPERTS = {**_DECODER, **_UNTIED, "num_local_experts": 2, "num_experts_per_tok": 1}
 
 
 @dataclass(frozen=True)
 class TinyModel:
-    """A model class of transformers, the class of its config, and small sizes for it."""
+    """A model class of transformers, the class of its config, and small sizes for it.
+
+    `original_format` saves the tensor names found on the hub; without it, the names inside transformers 5,
+    which differ for some architectures (experts are fused, for example).
+    """
 
     model: str
     config: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
+    original_format: bool = True
 
 
 TINY_MODELS: Mapping[str, TinyModel] = {
@@ -61,27 +77,12 @@ TINY_MODELS: Mapping[str, TinyModel] = {
             **_TIED,
         },
     ),
-    "bert": TinyModel(
-        "BertForMaskedLM", "BertConfig", {**_TEXT, "intermediate_size": 24, "max_position_embeddings": 32}
-    ),
-    "vit": TinyModel(
-        "ViTForImageClassification",
-        "ViTConfig",
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 24,
-            "image_size": 8,
-            "patch_size": 4,
-            "num_labels": 3,
-        },
-    ),
-    "mixtral": TinyModel(
-        "MixtralForCausalLM",
-        "MixtralConfig",
-        {**_DECODER, **_UNTIED, "num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
+    "bert": TinyModel("BertForSequenceClassification", "BertConfig", {**_ENCODER, "num_labels": 3}),
+    "bert_masked_lm": TinyModel("BertForMaskedLM", "BertConfig", _ENCODER),
+    "vit": TinyModel("ViTForImageClassification", "ViTConfig", _VISION),
+    "vit_renamed": TinyModel("ViTForImageClassification", "ViTConfig", _VISION, original_format=False),
+    "mixtral": TinyModel("MixtralForCausalLM", "MixtralConfig", _EXPERTS),
+    "mixtral_fused": TinyModel("MixtralForCausalLM", "MixtralConfig", _EXPERTS, original_format=False),
 }
 
 
@@ -125,8 +126,9 @@ def save_tiny_model(
     Returns:
         The folder.
     """
-    tiny_model(name, seed=seed, drift=drift, dtype=dtype).save_pretrained(
-        folder, max_shard_size=max_shard_size
+    model = tiny_model(name, seed=seed, drift=drift, dtype=dtype)
+    model.save_pretrained(
+        folder, max_shard_size=max_shard_size, save_original_format=TINY_MODELS[name].original_format
     )
     return folder
 
