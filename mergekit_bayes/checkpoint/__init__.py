@@ -7,7 +7,7 @@
     index        a model folder
     reference    `model@revision+adapter` and where it lies
     adapter      a PEFT LoRA adapter folder
-    sidecar      the precisions beside a checkpoint
+    sidecar      the precisions beside a checkpoint, and in sidecar_metadata what they mean
     fingerprint  which weights these are, without reading all of them
     reader       blocks of tensors from disk
     writer       blocks of tensors to disk

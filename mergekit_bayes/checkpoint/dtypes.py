@@ -64,6 +64,7 @@ DTYPES: Mapping[str, DTypeInfo] = MappingProxyType({info.name: info for info in 
 PACKED_DTYPES = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """Types of the format that put several values into one byte; refused: no element has its own address."""
 
+_BY_TORCH_NAME = {info.torch_name: info.name for info in _TABLE}
 _FLOATS_BY_RECIPE_NAME = {info.torch_name: info.name for info in _TABLE if info.floating}
 
 
@@ -99,3 +100,18 @@ def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, DTYPES[name].torch_name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def dtype_of(tensor: torch.Tensor) -> str:
+    """Returns the header name of a tensor's type, such as `BF16`.
+
+    Args:
+        tensor: any tensor.
+
+    Raises:
+        CheckpointError: a safetensors file cannot hold this type.
+    """
+    try:
+        return _BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")]
+    except KeyError:
+        raise CheckpointError(f"{tensor.dtype} cannot be stored in a safetensors file") from None

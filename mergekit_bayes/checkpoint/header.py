@@ -55,6 +55,11 @@ class TensorInfo:
         """Number of elements."""
         return self.nbytes // DTYPES[self.dtype].itemsize
 
+    @property
+    def floating(self) -> bool:
+        """Whether it is merged by arithmetic, see `DTypeInfo`."""
+        return DTYPES[self.dtype].floating
+
 
 @dataclass(frozen=True, slots=True)
 class Header:
