@@ -125,24 +125,20 @@ def check_sidecar(
     """
     problems = _name_faults(sidecar, mean_tensors)
     for name in sorted(sidecar.tensors.keys() & mean_tensors.keys()):
-        seen, expected = sidecar.tensors[name].shape, mean_tensors[name].shape
-        if seen != expected:
-            what = f"precision of {shown(name)} has shape {seen}; expected {expected}, as in the checkpoint"
-            problems.append(SidecarMismatchError(f"{shown(sidecar.path)}: {what}"))
+        shape, mean_shape = sidecar.tensors[name].shape, mean_tensors[name].shape
+        if shape != mean_shape:
+            seen = f"{shown(sidecar.path)}: precision of {shown(name)} has shape {shape}"
+            problems.append(SidecarMismatchError(f"{seen}; expected {mean_shape}, as in the checkpoint"))
     metadata = sidecar.metadata
     if metadata.mean_fingerprint != mean_fingerprint:
-        seen_mean = f"describes weights with fingerprint {metadata.mean_fingerprint}"
-        what = f"{seen_mean}; the weights beside it have {mean_fingerprint}; were they trained further or replaced?"
-        problems.append(SidecarMismatchError(f"{shown(sidecar.path)}: {what}"))
-    if (
-        None not in (metadata.base_fingerprint, base_fingerprint)
-        and metadata.base_fingerprint != base_fingerprint
-    ):
+        seen = f"{shown(sidecar.path)}: describes weights with fingerprint {metadata.mean_fingerprint}"
+        expected = f"expected {mean_fingerprint}, that of the weights beside it"
+        problems.append(SidecarMismatchError(f"{seen}; {expected}; were they trained further or replaced?"))
+    recorded = metadata.base_fingerprint
+    if recorded is not None and base_fingerprint is not None and recorded != base_fingerprint:
         model = f" ({shown(metadata.base_model)})" if metadata.base_model else ""
-        what = f"belongs to a base with fingerprint {metadata.base_fingerprint}{model}"
-        problems.append(
-            SidecarMismatchError(f"{shown(sidecar.path)}: {what}; the base in use has {base_fingerprint}")
-        )
+        seen = f"{shown(sidecar.path)}: belongs to a base with fingerprint {recorded}{model}"
+        problems.append(SidecarMismatchError(f"{seen}; expected {base_fingerprint}, that of the base in use"))
     return problems
 
 

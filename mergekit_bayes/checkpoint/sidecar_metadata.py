@@ -1,11 +1,11 @@
-"""What the numbers in a precision sidecar mean: where they come from, their unit, and which weights they describe."""
+"""What the numbers in a precision sidecar mean: their origin, their unit, and which weights they describe."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 
@@ -129,11 +129,10 @@ def _whole(minimum: int) -> Check:
     return lambda value: type(value) is int and value >= minimum
 
 
-def _number(minimum: float, *, above: bool = False) -> Check:
+def _number(minimum: float, *, maximum: float = sys.float_info.max) -> Check:
     def check(value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return False
-        return value > minimum if above else value >= minimum
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and minimum <= value <= maximum  # type: ignore[operator]
 
     return check
 
@@ -147,7 +146,7 @@ def _optional(check: Check) -> Check:
 
 
 _FINGERPRINT = _matching(r"blake2b-16:[0-9a-f]{32}")
-_POSITIVE, _NOT_NEGATIVE = _number(0.0, above=True), _number(0.0)
+_POSITIVE, _NOT_NEGATIVE = _number(sys.float_info.min), _number(0.0)
 _NUMBER_TEXT, _FINGERPRINT_TEXT = "a finite number >= 0 or null", "blake2b-16: and 32 hexadecimal digits"
 
 _RULES: Mapping[str, tuple[Check, str]] = {
@@ -164,7 +163,7 @@ _RULES: Mapping[str, tuple[Check, str]] = {
     "prior_precision": (_optional(_NOT_NEGATIVE), _NUMBER_TEXT),
     "prior_mean": (_one_of("base", "zero"), "base or zero"),
     "hess_init": (_optional(_NOT_NEGATIVE), _NUMBER_TEXT),
-    "beta2": (_optional(lambda value: _NOT_NEGATIVE(value) and value <= 1), "a number from 0 to 1 or null"),  # type: ignore[operator]
+    "beta2": (_optional(_number(0.0, maximum=1.0)), "a number from 0 to 1 or null"),
     "steps": (_optional(_whole(0)), "a whole number >= 0 or null"),
     "batch_size": (_optional(_whole(1)), "a whole number >= 1 or null"),
     "debiased": (lambda value: isinstance(value, bool), "true or false"),
