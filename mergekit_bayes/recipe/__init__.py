@@ -1,1 +1,40 @@
-"""mergekit_bayes.recipe"""
+"""Recipes: what the user asked for, as frozen data.
+
+    load_recipe       a YAML file or a mapping -> MergeRecipe, or one RecipeError with every problem in it
+    MergeRecipe       the data; `setting` gives a parameter's value for one tensor, `where` its place
+    unused_filters    filters that decide for no tensor, once the tensors' names are known
+    layer_position   where each tensor's layer stands between the first (0) and the last (1)
+    dump_yaml         plain data -> YAML
+
+Nothing here opens a checkpoint, and neither torch nor transformers is imported.
+"""
+
+from __future__ import annotations
+
+from mergekit_bayes.recipe.document import Document, parse_document, read_document
+from mergekit_bayes.recipe.dump import dump_yaml
+from mergekit_bayes.recipe.filters import unused_filter_problems
+from mergekit_bayes.recipe.load import load_recipe
+from mergekit_bayes.recipe.merge import MergeRecipe, OutputSpec, PrecisionSpec, SourceSpec
+from mergekit_bayes.recipe.method_schema import MethodSchema, ParameterSchema
+from mergekit_bayes.recipe.parameters import Parameters
+from mergekit_bayes.recipe.value import layer_position, unused_filters, value_at
+
+__all__ = [
+    "Document",
+    "MergeRecipe",
+    "MethodSchema",
+    "OutputSpec",
+    "ParameterSchema",
+    "Parameters",
+    "PrecisionSpec",
+    "SourceSpec",
+    "dump_yaml",
+    "layer_position",
+    "load_recipe",
+    "parse_document",
+    "read_document",
+    "unused_filter_problems",
+    "unused_filters",
+    "value_at",
+]

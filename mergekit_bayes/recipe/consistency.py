@@ -1,0 +1,80 @@
+"""What no single value can show: weights that are missing or all zero, a model listed twice.
+
+These checks look at the plain data, so that they are reported together with the faults of single values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mergekit_bayes.recipe import field
+from mergekit_bayes.recipe.method_schema import MethodSchema
+from mergekit_bayes.recipe.problem import InvalidValueError, Problem, did_you_mean, format_path
+from mergekit_bayes.recipe.reference import model_reference
+from mergekit_bayes.recipe.value import Value, parse_value, scalars_of
+
+
+def consistency_problems(data: Mapping[str, object], method: MethodSchema) -> list[Problem]:
+    """Everything that is wrong between values which may each be right.
+
+    Args:
+        data: the recipe as plain data; faulty values in it are left to those who check them.
+        method: the method it names.
+    """
+    return [*_repeated(data), *_weights(data, method)]
+
+
+def _repeated(data: Mapping[str, object]) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for index, entry in _entries(data):
+        name = _reference(entry.get("model"))
+        if name is None:
+            continue
+        if name in first:
+            other = format_path(("models", first[name]))
+            yield Problem(("models", index, "model"), f"the same model as `{other}`; list it once.")
+        first.setdefault(name, index)
+
+
+def _weights(data: Mapping[str, object], method: MethodSchema) -> Iterator[Problem]:
+    base = _reference(data.get("base_model")) if method.base != "unused" else None
+    shared = _mapping(data.get("parameters"))
+    found: list[Value | None] = []
+    for index, entry in _entries(data):
+        own = _mapping(entry.get("parameters"))
+        if base is not None and _reference(entry.get("model")) == base:
+            continue  # its task vector is zero; mergekit's recipes list the base without a weight
+        if "weight" in own or "weight" in shared:
+            found.append(_weight(own.get("weight", shared.get("weight"))))
+        else:
+            found.append(None)
+            if not any(did_you_mean(str(name), ("weight",)) for name in (*own, *shared, *entry)):
+                path = ("models", index, "parameters", "weight")
+                yield Problem(path, f"missing; `{method.name}` needs a weight for every model.")
+    if found and all(value is not None and not any(scalars_of(value)) for value in found):
+        yield Problem(("models",), "every weight is zero, so there is nothing to merge.")
+
+
+def _weight(raw: object) -> Value | None:
+    try:
+        return parse_value(raw, field.number)
+    except InvalidValueError:
+        return None
+
+
+def _reference(raw: object) -> str | None:
+    try:
+        return model_reference(raw)
+    except InvalidValueError:
+        return None
+
+
+def _entries(data: Mapping[str, object]) -> Iterator[tuple[int, Mapping[str, object]]]:
+    models = data.get("models")
+    for index, entry in enumerate(models if isinstance(models, list | tuple) else ()):
+        if isinstance(entry, Mapping):
+            yield index, entry
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,46 @@
+"""Plain data written as YAML 1.2 that reads back to the same data."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
+
+from mergekit_bayes.recipe.scalar import resolve_scalar
+
+
+class _Representer(SafeRepresenter):
+    """Scalars so that our own reader takes them for what they are; short lists on one line."""
+
+
+def _text(representer: Any, value: str) -> Any:
+    plain = resolve_scalar(value) == value if len(value) < 300 else False
+    return representer.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
+
+
+def _number(representer: Any, value: float) -> Any:
+    return representer.represent_scalar("tag:yaml.org,2002:float", repr(value))
+
+
+_Representer.add_representer(str, _text)
+_Representer.add_representer(float, _number)
+
+
+def dump_yaml(data: Mapping[str, object]) -> str:
+    """YAML text of nested mappings, lists and scalars, keys in their given order.
+
+    Args:
+        data: plain data with text keys and finite numbers.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    # innermost lists and mappings on one line
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # read as a flag, declared None
+    yaml.width = 110
+    stream = io.StringIO()
+    yaml.dump(dict(data), stream)
+    return stream.getvalue()

@@ -1,0 +1,165 @@
+"""Single values of a recipe: each function returns the value or says in plain words what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from mergekit_bayes.recipe.mergekit_words import DTYPES as SHORT_DTYPES
+from mergekit_bayes.recipe.mergekit_words import FALSE_WORDS, TRUE_WORDS
+from mergekit_bayes.recipe.method_schema import ParameterSchema
+from mergekit_bayes.recipe.problem import InvalidValueError, did_you_mean, show
+from mergekit_bayes.recipe.scalar import Scalar, resolve_scalar
+
+T = TypeVar("T")
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""The dtypes a recipe may name."""
+
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]i?)?[bB]?\s*")
+_UNITS = {"": 1} | {
+    prefix + i: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for i, base in (("", 1000), ("i", 1024))
+}
+
+
+def text(value: object) -> str:
+    """Text of at least one character, without control characters; a `pathlib.Path` is taken as its text."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str):
+        hint = " Put it in quotes if it is a name." if isinstance(value, int | float) else ""
+        raise InvalidValueError(f"expected text, found {show(value)}.{hint}")
+    if not value.strip():
+        raise InvalidValueError("expected text, found nothing but blanks.")
+    if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in value):
+        raise InvalidValueError(f"{show(value)} contains a control character.")
+    return value
+
+
+def number(value: object) -> float:
+    """A finite number; neither a boolean nor a number in quotes."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidValueError(f"expected a number, found {show(value)}.{_unquote(value)}")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise InvalidValueError(f"expected a finite number, found {show(value)}.")
+    return value
+
+
+def positive(value: object) -> float:
+    """A finite number above zero."""
+    if number(value) <= 0:
+        raise InvalidValueError(f"expected a number above zero, found {show(value)}.")
+    return number(value)
+
+
+def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[object], int]:
+    """A whole number between two bounds."""
+
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidValueError(f"expected a whole number, found {show(value)}.{_unquote(value)}")
+        if not minimum <= value <= maximum:
+            bound = f"of at least {minimum}" if value < minimum else f"of at most {maximum}"
+            raise InvalidValueError(f"expected a whole number {bound}, found {show(value)}.")
+        return value
+
+    return check
+
+
+def boolean(value: object) -> bool:
+    """True or false; also 1 and 0, as which mergekit writes them."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and value in (0, 1):
+        return bool(value)
+    word = value.lower() if isinstance(value, str) else ""
+    hint = " Write true." if word in TRUE_WORDS else " Write false." if word in FALSE_WORDS else ""
+    raise InvalidValueError(f"expected true or false, found {show(value)}.{hint or _unquote(value)}")
+
+
+def choice(*options: str, also: Mapping[str, str] | None = None) -> Callable[[object], str]:
+    """One of a few words; `also` maps words that are not taken to the one that was probably meant."""
+
+    def check(value: object) -> str:
+        if isinstance(value, str) and value in options:
+            return value
+        word = value if isinstance(value, str) else ""
+        meant = (also or {}).get(word.lower())
+        hint = f" Did you mean `{meant}`?" if meant else did_you_mean(word, options)
+        raise InvalidValueError(f"expected {_one_of(options)}, found {show(value)}.{hint}")
+
+    return check
+
+
+dtype = choice(*DTYPES, also=SHORT_DTYPES)
+"""A floating-point dtype by its full name."""
+
+
+def size(value: object) -> int:
+    """A number of bytes: `5GB` (10^9), `5GiB` (2^30), `200MB`, or a whole number."""
+    if isinstance(value, str) and (found := _SIZE.fullmatch(value)) and len(value) < 40:
+        value = int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidValueError(f"expected a size such as `5GB` or `200MiB`, found {show(value)}.")
+    if not 1 <= value < 2**63:
+        raise InvalidValueError(f"expected a size of at least one byte, found {show(value)}.")
+    return value
+
+
+def optional(check: Callable[[object], T]) -> Callable[[object], T | None]:
+    """Nothing, or what `check` takes."""
+    return lambda value: None if value is None else check(value)
+
+
+def parameter(schema: ParameterSchema, method: str) -> Callable[[object], Scalar]:
+    """One scalar of a method's parameter: its type, its bounds, and what this version supports of it."""
+
+    def check(value: object) -> Scalar:
+        scalar = _TYPES[schema.type](value)
+        if schema.only is not None and scalar != schema.only:
+            reason = f" ({schema.help})" if schema.help else ""
+            only = f"`{method}` supports only {show(schema.only)} here{reason}"
+            raise InvalidValueError(f"{only}, found {show(value)}.")
+        low, high = schema.minimum, schema.maximum
+        if isinstance(scalar, int | float) and low is not None and scalar < low:
+            raise InvalidValueError(f"expected at least {low:g}, found {show(value)}.")
+        if isinstance(scalar, int | float) and high is not None and scalar > high:
+            raise InvalidValueError(f"expected at most {high:g}, found {show(value)}.")
+        return scalar
+
+    return check
+
+
+def any_scalar(value: object) -> Scalar:
+    """Any scalar, for a parameter of a method that is not known."""
+    if isinstance(value, bool | str):
+        return value
+    return number(value)
+
+
+_TYPES: Mapping[type, Callable[[object], Scalar]] = {
+    float: number,
+    int: integer(-(2**63)),
+    bool: boolean,
+    str: text,
+}
+
+
+def _one_of(options: tuple[str, ...]) -> str:
+    quoted = [f"`{option}`" for option in options]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def _unquote(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 40 or isinstance(resolve_scalar(value.strip()), str | None):
+        return ""
+    return " Remove the quotes."

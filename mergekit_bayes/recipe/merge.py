@@ -1,0 +1,256 @@
+"""The merge recipe: frozen, checked data; no file is opened to make one.
+
+    merge_method: gradient_matching
+    base_model: models/base
+    models:
+      - model: models/code
+        parameters: {weight: 0.7}
+      - model: models/prose
+        parameters: {weight: 0.5}
+    dtype: bfloat16
+
+Each class is one mapping of the recipe and each field one key; unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    ValidationInfo,
+)
+
+from mergekit_bayes.recipe import field
+from mergekit_bayes.recipe.mergekit_words import METHODS
+from mergekit_bayes.recipe.method_schema import MethodSchema, find_method, method_words
+from mergekit_bayes.recipe.parameters import Parameters, parse_parameters
+from mergekit_bayes.recipe.problem import InvalidValueError, KeyPath, Places, Problem, did_you_mean, show
+from mergekit_bayes.recipe.reference import model_reference
+from mergekit_bayes.recipe.scalar import Scalar
+
+DType: TypeAlias = Literal["bfloat16", "float16", "float32", "float64"]
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What validation knows about methods: all of them, and the one this recipe names (None: unknown)."""
+
+    methods: tuple[MethodSchema, ...]
+    method: MethodSchema | None
+
+
+def _method_of(info: ValidationInfo) -> MethodSchema | None:
+    return info.context.method if isinstance(info.context, MethodContext) else None
+
+
+def _merge_method(value: object, info: ValidationInfo) -> str:
+    name = field.text(value)
+    if not isinstance(info.context, MethodContext) or find_method(info.context.methods, name):
+        return name
+    listing = " `bayes-merge methods` lists those there are."
+    if name in METHODS:
+        raise InvalidValueError(f"`{name}` is a method of mergekit that is not implemented here.{listing}")
+    hint = did_you_mean(name, method_words(info.context.methods))
+    raise InvalidValueError(f"no merge method is called {show(name)}.{hint or listing}")
+
+
+def _shared_parameters(value: object, info: ValidationInfo) -> Parameters:
+    return parse_parameters(value, _method_of(info), per_source=False)
+
+
+def _source_parameters(value: object, info: ValidationInfo) -> Parameters:
+    return parse_parameters(value, _method_of(info), per_source=True)
+
+
+def _source_precision(value: object) -> str | float | Literal[False] | None:
+    if value is None or value is False:
+        return value
+    if value is True:
+        raise InvalidValueError(
+            "expected a path, a number or false; a sidecar beside the model is used by itself."
+        )
+    return field.text(value) if not isinstance(value, int | float) else field.positive(value)
+
+
+def _prior(value: object) -> float | str | None:
+    if value is None:
+        return None
+    return field.positive(value) if isinstance(value, bool | int | float) else field.text(value)
+
+
+def _stored_precision(value: object) -> str | Literal[False]:
+    if value is False:
+        return False
+    try:
+        return field.choice("float32", "bfloat16", also={"bf16": "bfloat16", "fp32": "float32"})(value)
+    except InvalidValueError as error:
+        raise InvalidValueError(str(error).replace("expected", "expected false,", 1)) from None
+
+
+def _empty_if_nothing(value: object) -> object:
+    return {} if value is None else value
+
+
+def _models(value: object) -> object:
+    if not isinstance(value, list | tuple):
+        raise InvalidValueError(f"expected a list of models, each `- model: ...`, found {show(value)}.")
+    if not value:
+        raise InvalidValueError("an empty list; a merge needs at least one model.")
+    return value
+
+
+def _is(check: Callable[[Any], object]) -> PlainValidator:
+    return PlainValidator(check)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSpec(_Frozen):
+    """One input of a merge.
+
+    Attributes:
+        model: a folder or hub id, with `@revision` and `+adapter` as wanted.
+        parameters: `weight` and whatever else the method takes per source.
+        precision: None for the sidecar beside the model if there is one, a path to a sidecar, a number for
+            the same precision everywhere, or False to ignore a sidecar.
+    """
+
+    model: Annotated[str, _is(model_reference)]
+    parameters: Annotated[Parameters, PlainValidator(_source_parameters)] = Parameters()
+    precision: Annotated[str | float | Literal[False] | None, _is(_source_precision)] = None
+
+
+class PrecisionSpec(_Frozen):
+    """Precisions that are not the sources' own.
+
+    Attributes:
+        prior: prior_precision S_0 as one number or as the path of the base's sidecar; None for the base's own
+            sidecar if it has one, else what the sources' sidecars agree on.
+        floor: the merged precision is raised to at least this; without it, one that is not positive is an
+            error.
+    """
+
+    prior: Annotated[float | str | None, _is(_prior)] = None
+    floor: Annotated[float | None, _is(field.optional(field.positive))] = None
+
+
+class OutputSpec(_Frozen):
+    """What is written.
+
+    Attributes:
+        path: the folder; the command line's OUT wins over it.
+        max_shard_size: bytes per weight file.
+        rank: rank of a merged adapter in product space; None keeps the exact stack.
+        precision: dtype of the merged sidecar, False for none.
+    """
+
+    path: Annotated[str | None, _is(field.optional(field.text))] = None
+    max_shard_size: Annotated[int, _is(field.size)] = 5 * 10**9
+    rank: Annotated[int | None, _is(field.optional(field.integer(1)))] = None
+    precision: Annotated[Literal["float32", "bfloat16", False], _is(_stored_precision)] = "float32"
+
+
+class MergeRecipe(_Frozen):
+    """Everything a merge was asked for. Made by `load_recipe`, which also knows the methods.
+
+    Attributes:
+        kind: always `merge`.
+        merge_method: name or alias of a registered method.
+        base_model: the shared pretrained checkpoint theta_0.
+        models: the sources, in the order of the recipe.
+        parameters: values for all sources and for the method as a whole; a source's own value goes first.
+        dtype: what the inputs are read as (mergekit's meaning); None keeps each tensor's own.
+        out_dtype: what is written; None for `dtype`, else the base's.
+        space: what of a LoRA adapter is merged; None lets the plan choose.
+        scale: whether a source's precision counts its data (`sum`) or is per unit of data (`mean`).
+        precision: prior and floor.
+        output: where and how to write.
+        seed: of everything random in the merge.
+    """
+
+    kind: Literal["merge"] = "merge"
+    merge_method: Annotated[str, PlainValidator(_merge_method)]
+    base_model: Annotated[str | None, _is(field.optional(model_reference))] = None
+    models: Annotated[tuple[SourceSpec, ...], BeforeValidator(_models)]
+    parameters: Annotated[Parameters, PlainValidator(_shared_parameters)] = Parameters()
+    dtype: Annotated[DType | None, _is(field.optional(field.dtype))] = None
+    out_dtype: Annotated[DType | None, _is(field.optional(field.dtype))] = None
+    space: Annotated[
+        Literal["product", "factor", "full"] | None,
+        _is(field.optional(field.choice("product", "factor", "full"))),
+    ] = None
+    scale: Annotated[Literal["sum", "mean"], _is(field.choice("sum", "mean"))] = "sum"
+    precision: Annotated[PrecisionSpec, BeforeValidator(_empty_if_nothing)] = Field(
+        default_factory=PrecisionSpec
+    )
+    output: Annotated[OutputSpec, BeforeValidator(_empty_if_nothing)] = Field(default_factory=OutputSpec)
+    seed: Annotated[int, _is(field.integer(0))] = 0
+
+    _places: Places = PrivateAttr(default_factory=Places)
+
+    def setting(self, name: str, *, tensor_name: str, t: float, source: int | None = None) -> Scalar | None:
+        """A parameter's value for one tensor: the source's own, else the recipe's; None when neither sets it.
+
+        Args:
+            name: the parameter, such as `weight`.
+            tensor_name: the tensor's full name in the base checkpoint.
+            t: position of its layer, 0 to 1 (`layer_position`).
+            source: index into `models`; None for a parameter of the merge as a whole.
+        """
+        scopes = [self.parameters] if source is None else [self.models[source].parameters, self.parameters]
+        values = (scope.at(name, tensor_name, t) for scope in scopes)
+        return next((value for value in values if value is not None), None)
+
+    def where(self, path: KeyPath = ()) -> str:
+        """`recipe.yaml:4:12`, the place of a value; its key path where the recipe is no file."""
+        return self._places.where(path)
+
+    def describe(self, path: KeyPath, message: str) -> str:
+        """A problem with one value, as the errors of `load_recipe` are written: place, key and message."""
+        return self._places.describe(Problem(path, message))
+
+    def placed(self, places: Places) -> MergeRecipe:
+        """The same recipe, knowing where it was written."""
+        copy = self.model_copy()
+        copy._places = places
+        return copy
+
+    def resolved(self) -> dict[str, object]:
+        """Plain data with every default filled in; `load_recipe` reads it back to an equal recipe."""
+        return _plain(self)
+
+
+def _plain(spec: BaseModel) -> dict[str, object]:
+    entries = {name: _plain_field(getattr(spec, name)) for name in type(spec).model_fields}
+    return {name: value for name, value in entries.items() if value is not None and value != {}}
+
+
+def _plain_field(value: object) -> object:
+    match value:
+        case BaseModel():
+            return _plain(value)
+        case Parameters():
+            return value.plain() or None
+        case tuple():
+            return [_plain_field(entry) for entry in value]
+        case _:
+            return value
+
+
+SPECS: Mapping[tuple[str, ...], type[BaseModel]] = {
+    (): MergeRecipe,
+    ("models",): SourceSpec,
+    ("precision",): PrecisionSpec,
+    ("output",): OutputSpec,
+}
+"""The model at each place of a recipe, by the names on the way to it."""
