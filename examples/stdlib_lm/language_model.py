@@ -1,0 +1,97 @@
+"""What is trained: the tokenizer, the base, the adapters, their text and their schedules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from corpus import DOMAINS, SEPARATOR, join, read_other_code, split_domain, without_paragraphs_of
+from optimisation import Schedule
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 4096
+WINDOW = 256
+LORA_RANK = 8
+LORA_ALPHA = 16
+
+# The base is a generalist: mostly Python that is not the library itself, and some of each domain, so that
+# every adapter starts from a model that knows its kind of text and still has much to learn.
+BASE_MIX = {"other_code": 0.50, "code": 0.20, "docs": 0.15, "headers": 0.15}
+BASE_SCHEDULE = Schedule(steps=1500, batch=16, learning_rate=4e-3, weight_decay=0.1, warmup=100, seed=1)
+
+
+def adapter_schedule(seed: int) -> Schedule:
+    """The same short schedule for every adapter."""
+    return Schedule(steps=350, batch=16, learning_rate=4e-3, weight_decay=0.01, warmup=30, seed=seed)
+
+
+def training_texts() -> dict[str, str]:
+    """The training text of every domain and of `other_code`, none of it containing a held-out paragraph."""
+    splits = {domain: split_domain(domain) for domain in DOMAINS}
+    held_out = [text for split in splits.values() for text in split.held_out.values()]
+    texts = {domain: join(split.train) for domain, split in splits.items()}
+    return texts | {"other_code": join(without_paragraphs_of(held_out, read_other_code()))}
+
+
+def train_tokenizer(texts: dict[str, str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that gives each domain a comparable say in the vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[SEPARATOR],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sample = [text[:1_500_000] for text in texts.values()]
+    tokenizer.train_from_iterator(
+        (line for text in sample for line in text.splitlines(keepends=True)), trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SEPARATOR,
+        bos_token=SEPARATOR,
+        pad_token=SEPARATOR,
+        model_max_length=512,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> torch.Tensor:
+    """Token ids of a text, shape (tokens,); separators become the end-of-text token."""
+    return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
+
+
+def new_model() -> LlamaForCausalLM:
+    """A Llama of 1.8 million parameters with random weights."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def new_adapter(base: Path, *, seed: int) -> PeftModel:
+    """The base in float32 with a fresh LoRA adapter on every linear layer.
+
+    The adapter's config names its base as "base", the folder beside its own, and no path of this machine.
+    """
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(
+        r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapter = get_peft_model(model, config)
+    adapter.peft_config["default"].base_model_name_or_path = "base"
+    return adapter
