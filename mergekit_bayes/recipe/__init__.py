@@ -3,7 +3,7 @@
     load_recipe       a YAML file or a mapping -> MergeRecipe, or one RecipeError with every problem in it
     MergeRecipe       the data; `setting` gives a parameter's value for one tensor, `where` its place
     unused_filters    filters that decide for no tensor, once the tensors' names are known
-    layer_position   where each tensor's layer stands between the first (0) and the last (1)
+    layer_positions   where each tensor's layer stands between the first (0) and the last (1)
     dump_yaml         plain data -> YAML
 
 Nothing here opens a checkpoint, and neither torch nor transformers is imported.
@@ -18,7 +18,7 @@ from mergekit_bayes.recipe.load import load_recipe
 from mergekit_bayes.recipe.merge import MergeRecipe, OutputSpec, PrecisionSpec, SourceSpec
 from mergekit_bayes.recipe.method_schema import MethodSchema, ParameterSchema
 from mergekit_bayes.recipe.parameters import Parameters
-from mergekit_bayes.recipe.value import layer_position, unused_filters, value_at
+from mergekit_bayes.recipe.value import layer_positions, unused_filters, value_at
 
 __all__ = [
     "Document",
@@ -30,7 +30,7 @@ __all__ = [
     "PrecisionSpec",
     "SourceSpec",
     "dump_yaml",
-    "layer_position",
+    "layer_positions",
     "load_recipe",
     "parse_document",
     "read_document",

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from mergekit_bayes.errors import RecipeError
 from mergekit_bayes.recipe.consistency import consistency_problems
 from mergekit_bayes.recipe.document import Document, read_document
-from mergekit_bayes.recipe.merge import SPECS, MergeRecipe, MethodContext, SourceSpec
+from mergekit_bayes.recipe.merge import SPECS, MergeRecipe, MethodContext
 from mergekit_bayes.recipe.mergekit_words import TOP_LEVEL_KEYS
-from mergekit_bayes.recipe.method_schema import MethodSchema, find_method, find_parameter
+from mergekit_bayes.recipe.method_schema import MethodSchema, find_method
 from mergekit_bayes.recipe.override import apply_overrides
 from mergekit_bayes.recipe.parameters import Parameters
 from mergekit_bayes.recipe.problem import InvalidValueError, KeyPath, Problem, did_you_mean, format_path, show
@@ -127,7 +127,7 @@ def _unknown_key(path: KeyPath, context: MethodContext) -> str:
 
 
 def _elsewhere(name: str, context: MethodContext) -> str:
-    parameter = find_parameter(context.method, name) if context.method else None
+    parameter = context.method.parameter(name) if context.method else None
     if parameter is not None:
         return f"It belongs under `{'models[i].parameters' if parameter.per_source else 'parameters'}`."
     homes = [place for place, spec in SPECS.items() if name in spec.model_fields]
@@ -145,20 +145,4 @@ def _with_defaults(recipe: MergeRecipe, method: MethodSchema) -> MergeRecipe:
     defaults = {p.name: p.default for p in method.parameters if p.default is not None and p.only is None}
     missing = [(name, value) for name, value in defaults.items() if name not in recipe.parameters]
     parameters = Parameters((*recipe.parameters.entries, *missing))
-    return recipe.model_copy(update={"parameters": parameters, "models": _base_weightless(recipe, method)})
-
-
-def _base_weightless(recipe: MergeRecipe, method: MethodSchema) -> tuple[SourceSpec, ...]:
-    """The sources, with weight zero for one that is the base itself.
-
-    mergekit's recipes often list the base among the models, mostly without a weight. Where the method starts
-    from the base its task vector is zero, and mergekit leaves it out of normalisation too.
-    """
-    if method.base == "unused":
-        return recipe.models
-    return tuple(
-        source.model_copy(update={"parameters": source.parameters.with_value("weight", 0)})
-        if source.model == recipe.base_model
-        else source
-        for source in recipe.models
-    )
+    return recipe.model_copy(update={"parameters": parameters})

@@ -204,7 +204,7 @@ class MergeRecipe(_Frozen):
         Args:
             name: the parameter, such as `weight`.
             tensor_name: the tensor's full name in the base checkpoint.
-            t: position of its layer, 0 to 1 (`layer_position`).
+            t: position of its layer, 0 to 1 (`layer_positions`).
             source: index into `models`; None for a parameter of the merge as a whole.
         """
         scopes = [self.parameters] if source is None else [self.models[source].parameters, self.parameters]

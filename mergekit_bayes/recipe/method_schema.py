@@ -1,104 +1,67 @@
-"""What a recipe needs to know about a merge method: the attributes that the registry's entries have."""
+"""What a recipe needs to know about a merge method: plain data, handed in by those who have the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from mergekit_bayes.recipe.scalar import Scalar, ScalarType
 
 
-class ParameterSchema(Protocol):
-    """One name a recipe may write under `parameters`; see `mergekit_bayes.merge.parameter.Parameter`."""
-
-    @property
-    def name(self) -> str:
-        """The key."""
-        ...
-
-    @property
-    def type(self) -> ScalarType:
-        """One of float, int, bool and str."""
-        ...
-
-    @property
-    def default(self) -> Scalar | None:
-        """The value when no recipe sets it; None if it must be set."""
-        ...
-
-    @property
-    def minimum(self) -> float | None:
-        """The smallest number allowed."""
-        ...
-
-    @property
-    def maximum(self) -> float | None:
-        """The largest number allowed."""
-        ...
-
-    @property
-    def help(self) -> str:
-        """One line."""
-        ...
-
-    @property
-    def only(self) -> Scalar | None:
-        """The one value that is supported, for parameters known so that mergekit's recipes can be read."""
-        ...
-
-    @property
-    def per_source(self) -> bool:
-        """Whether it may differ between sources, and so may stand under `models[i].parameters`."""
-        ...
-
-
-class MethodSchema(Protocol):
-    """One merge method as a recipe sees it; see `mergekit_bayes.merge.registry.MergeMethod`."""
-
-    @property
-    def name(self) -> str:
-        """What `merge_method` says."""
-        ...
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """Other names for it."""
-        ...
-
-    @property
-    def base(self) -> Literal["required", "unused"]:
-        """Whether the base's mean enters the result."""
-        ...
-
-    @property
-    def parameters(self) -> Sequence[ParameterSchema]:
-        """What it takes besides `weight`."""
-        ...
-
-
 @dataclass(frozen=True)
-class WeightSchema:
-    """`weight`, which every method takes for every source."""
+class ParameterSchema:
+    """One name a recipe may write under `parameters`.
 
-    name: str = "weight"
-    type: ScalarType = float
+    Args:
+        name: the key.
+        type: float, int, bool or str.
+        default: the value when no recipe sets it; None means that it must be set.
+        minimum: the smallest number allowed.
+        maximum: the largest number allowed.
+        only: the one value that is supported, for parameters known so that mergekit's recipes can be read.
+        per_source: it may differ between sources, and so may stand under `models[i].parameters`.
+        help: one line.
+    """
+
+    name: str
+    type: ScalarType
     default: Scalar | None = None
     minimum: float | None = None
     maximum: float | None = None
-    help: str = "mixing coefficient of a source"
     only: Scalar | None = None
-    per_source: bool = True
+    per_source: bool = False
+    help: str = ""
 
 
-def parameters_of(method: MethodSchema) -> tuple[ParameterSchema, ...]:
-    """`weight` and the method's own parameters."""
-    return (WeightSchema(), *method.parameters)
+WEIGHT = ParameterSchema("weight", float, per_source=True, help="mixing coefficient of a source")
+"""What every method takes for every source."""
 
 
-def find_parameter(method: MethodSchema, name: str) -> ParameterSchema | None:
-    """The parameter of this name, if the method takes one."""
-    return next((p for p in parameters_of(method) if p.name == name), None)
+@dataclass(frozen=True)
+class MethodSchema:
+    """One merge method as a recipe sees it.
+
+    Args:
+        name: what `merge_method` says.
+        aliases: other names for it.
+        base: whether the base's mean enters the result; where it does, a source that is the base itself needs
+            no weight.
+        parameters: what it takes besides `weight`.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    base: Literal["required", "optional", "unused"] = "required"
+    parameters: tuple[ParameterSchema, ...] = ()
+
+    def all_parameters(self) -> tuple[ParameterSchema, ...]:
+        """`weight` and the method's own parameters."""
+        return (WEIGHT, *self.parameters)
+
+    def parameter(self, name: str) -> ParameterSchema | None:
+        """The parameter of this name, if the method takes one."""
+        return next((p for p in self.all_parameters() if p.name == name), None)
 
 
 def find_method(methods: Iterable[MethodSchema], name: object) -> MethodSchema | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_bayes.recipe import field
-from mergekit_bayes.recipe.method_schema import MethodSchema, ParameterSchema, find_parameter, parameters_of
+from mergekit_bayes.recipe.method_schema import MethodSchema, ParameterSchema
 from mergekit_bayes.recipe.problem import InvalidValueError, Problem, did_you_mean, show
 from mergekit_bayes.recipe.scalar import Scalar
 from mergekit_bayes.recipe.value import Value, parse_value, plain_value, value_at
@@ -34,10 +34,6 @@ class Parameters(Mapping[str, Value]):
         """The parameter's value for one tensor; None when it is not set or no filter matches the tensor."""
         value = self.get(name)
         return None if value is None else value_at(value, tensor_name, t)
-
-    def with_value(self, name: str, value: Value) -> Parameters:
-        """The same parameters with one of them set."""
-        return Parameters((*(entry for entry in self.entries if entry[0] != name), (name, value)))
 
     def plain(self) -> dict[str, object]:
         """The plain data these parameters were read from."""
@@ -78,7 +74,7 @@ def _parse_entry(name: object, value: object, method: MethodSchema | None, *, pe
         raise InvalidValueError("has no value.")
     if method is None:
         return parse_value(value, field.any_scalar)
-    schema = find_parameter(method, name)
+    schema = method.parameter(name)
     if schema is None or (per_source and not schema.per_source):
         message = _unknown(name, schema, method, per_source=per_source)
         raise InvalidValueError(Problem((), message, at_key=True))
@@ -88,7 +84,7 @@ def _parse_entry(name: object, value: object, method: MethodSchema | None, *, pe
 def _unknown(name: str, schema: ParameterSchema | None, method: MethodSchema, *, per_source: bool) -> str:
     if schema is not None:
         return "the same for all models; write it under `parameters` at the top of the recipe."
-    allowed = [p.name for p in parameters_of(method) if p.per_source or not per_source]
+    allowed = [p.name for p in method.all_parameters() if p.per_source or not per_source]
     return f"`{method.name}` has no such parameter.{did_you_mean(name, allowed) or _known(allowed)}"
 
 

@@ -148,7 +148,7 @@ def explain_unused(value: Value, names: Iterable[str]) -> tuple[tuple[int, str],
     return tuple(unused)
 
 
-def layer_position(names: Iterable[str]) -> dict[str, float]:
+def layer_positions(names: Iterable[str]) -> dict[str, float]:
     """The position t of every tensor's layer, from the first number between dots in its name.
 
     Layer i of L has t = i / (L - 1), a single layer has t = 1, a tensor outside the layers has t = 0. Layers
