@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.method_schema import MethodSchema
-from mergekit_bayes.recipe.problem import InvalidValueError, Problem, did_you_mean, format_path
+from mergekit_bayes.recipe.problem import Problem, Refusal, did_you_mean, format_path
 from mergekit_bayes.recipe.reference import model_reference
 from mergekit_bayes.recipe.value import Value, parse_value, scalars_of
 
@@ -58,14 +58,14 @@ def _weights(data: Mapping[str, object], method: MethodSchema) -> Iterator[Probl
 def _weight(raw: object) -> Value | None:
     try:
         return parse_value(raw, field.number)
-    except InvalidValueError:
+    except Refusal:
         return None
 
 
 def _reference(raw: object) -> str | None:
     try:
         return model_reference(raw)
-    except InvalidValueError:
+    except Refusal:
         return None
 
 

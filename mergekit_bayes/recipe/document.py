@@ -28,7 +28,7 @@ from ruamel.yaml.events import (
 )
 
 from mergekit_bayes.errors import RecipeError
-from mergekit_bayes.recipe.problem import InvalidValueError, KeyPath, Location, Places, format_path
+from mergekit_bayes.recipe.problem import KeyPath, Location, Places, Refusal, format_path
 from mergekit_bayes.recipe.scalar import resolve_scalar
 
 MAX_BYTES = 256 * 1024
@@ -208,7 +208,7 @@ class _Builder:
                 location = self.keys.get((*top.path, top.key), location) if top.key else location
             try:
                 value = resolve_scalar(event.value)
-            except InvalidValueError as error:
+            except Refusal as error:
                 self.problems.append((location, f"{error}."))
         self._place(value, location)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from mergekit_bayes.recipe.mergekit_words import DTYPES as SHORT_DTYPES
 from mergekit_bayes.recipe.mergekit_words import FALSE_WORDS, TRUE_WORDS
 from mergekit_bayes.recipe.method_schema import ParameterSchema
-from mergekit_bayes.recipe.problem import InvalidValueError, did_you_mean, show
+from mergekit_bayes.recipe.problem import did_you_mean, refusal, show
 from mergekit_bayes.recipe.scalar import Scalar, resolve_scalar
 
 T = TypeVar("T")
@@ -21,9 +21,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]i?)?[bB]?\s*")
 _UNITS = {"": 1} | {
-    prefix + i: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for i, base in (("", 1000), ("i", 1024))
+    prefix + i: base**power for power, prefix in enumerate("kmgt", start=1) for i, base in (("", 1000), ("i", 1024))
 }
 
 
@@ -33,31 +31,31 @@ def text(value: object) -> str:
         value = os.fspath(value)
     if not isinstance(value, str):
         hint = " Put it in quotes if it is a name." if isinstance(value, int | float) else ""
-        raise InvalidValueError(f"expected text, found {show(value)}.{hint}")
+        raise refusal(f"expected text, found {show(value)}.{hint}")
     if not value.strip():
-        raise InvalidValueError("expected text, found nothing but blanks.")
+        raise refusal("expected text, found nothing but blanks.")
     if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in value):
-        raise InvalidValueError(f"{show(value)} contains a control character.")
+        raise refusal(f"{show(value)} contains a control character.")
     return value
 
 
 def number(value: object) -> float:
     """A finite number; neither a boolean nor a number in quotes."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidValueError(f"expected a number, found {show(value)}.{_unquote(value)}")
+        raise refusal(f"expected a number, found {show(value)}.{_unquote(value)}")
     try:
         finite = math.isfinite(value)
     except OverflowError:
         finite = False
     if not finite:
-        raise InvalidValueError(f"expected a finite number, found {show(value)}.")
+        raise refusal(f"expected a finite number, found {show(value)}.")
     return value
 
 
 def positive(value: object) -> float:
     """A finite number above zero."""
     if number(value) <= 0:
-        raise InvalidValueError(f"expected a number above zero, found {show(value)}.")
+        raise refusal(f"expected a number above zero, found {show(value)}.")
     return number(value)
 
 
@@ -66,10 +64,10 @@ def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[object], int]:
 
     def check(value: object) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InvalidValueError(f"expected a whole number, found {show(value)}.{_unquote(value)}")
+            raise refusal(f"expected a whole number, found {show(value)}.{_unquote(value)}")
         if not minimum <= value <= maximum:
             bound = f"of at least {minimum}" if value < minimum else f"of at most {maximum}"
-            raise InvalidValueError(f"expected a whole number {bound}, found {show(value)}.")
+            raise refusal(f"expected a whole number {bound}, found {show(value)}.")
         return value
 
     return check
@@ -83,7 +81,7 @@ def boolean(value: object) -> bool:
         return bool(value)
     word = value.lower() if isinstance(value, str) else ""
     hint = " Write true." if word in TRUE_WORDS else " Write false." if word in FALSE_WORDS else ""
-    raise InvalidValueError(f"expected true or false, found {show(value)}.{hint or _unquote(value)}")
+    raise refusal(f"expected true or false, found {show(value)}.{hint or _unquote(value)}")
 
 
 def choice(*options: str, also: Mapping[str, str] | None = None) -> Callable[[object], str]:
@@ -95,7 +93,7 @@ def choice(*options: str, also: Mapping[str, str] | None = None) -> Callable[[ob
         word = value if isinstance(value, str) else ""
         meant = (also or {}).get(word.lower())
         hint = f" Did you mean `{meant}`?" if meant else did_you_mean(word, options)
-        raise InvalidValueError(f"expected {_one_of(options)}, found {show(value)}.{hint}")
+        raise refusal(f"expected {_one_of(options)}, found {show(value)}.{hint}")
 
     return check
 
@@ -109,9 +107,9 @@ def size(value: object) -> int:
     if isinstance(value, str) and (found := _SIZE.fullmatch(value)) and len(value) < 40:
         value = int(float(found[1]) * _UNITS[(found[2] or "").lower()])
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidValueError(f"expected a size such as `5GB` or `200MiB`, found {show(value)}.")
+        raise refusal(f"expected a size such as `5GB` or `200MiB`, found {show(value)}.")
     if not 1 <= value < 2**63:
-        raise InvalidValueError(f"expected a size of at least one byte, found {show(value)}.")
+        raise refusal(f"expected a size of at least one byte, found {show(value)}.")
     return value
 
 
@@ -128,12 +126,12 @@ def parameter(schema: ParameterSchema, method: str) -> Callable[[object], Scalar
         if schema.only is not None and scalar != schema.only:
             reason = f" ({schema.help})" if schema.help else ""
             only = f"`{method}` supports only {show(schema.only)} here{reason}"
-            raise InvalidValueError(f"{only}, found {show(value)}.")
+            raise refusal(f"{only}, found {show(value)}.")
         low, high = schema.minimum, schema.maximum
         if isinstance(scalar, int | float) and low is not None and scalar < low:
-            raise InvalidValueError(f"expected at least {low:g}, found {show(value)}.")
+            raise refusal(f"expected at least {low:g}, found {show(value)}.")
         if isinstance(scalar, int | float) and high is not None and scalar > high:
-            raise InvalidValueError(f"expected at most {high:g}, found {show(value)}.")
+            raise refusal(f"expected at most {high:g}, found {show(value)}.")
         return scalar
 
     return check

@@ -16,7 +16,7 @@ from mergekit_bayes.recipe.mergekit_words import TOP_LEVEL_KEYS
 from mergekit_bayes.recipe.method_schema import MethodSchema, find_method
 from mergekit_bayes.recipe.override import apply_overrides
 from mergekit_bayes.recipe.parameters import Parameters
-from mergekit_bayes.recipe.problem import InvalidValueError, KeyPath, Problem, did_you_mean, format_path, show
+from mergekit_bayes.recipe.problem import KeyPath, Problem, did_you_mean, format_path, show
 
 KINDS_ELSEWHERE = ("finetune", "precision", "preview", "evaluate")
 """Kinds of recipe that this version does not run."""
@@ -78,9 +78,9 @@ def _problems(error: Any, context: MethodContext) -> Iterator[Problem]:
     """Our words for one of pydantic's errors; its own sentences name Python types and web pages."""
     path: KeyPath = tuple(error["loc"])
     match error["type"]:
-        case "value_error":
-            cause = error["ctx"]["error"]
-            yield from cause.below(*path) if isinstance(cause, InvalidValueError) else ()
+        case "refusal":
+            for problem in error["ctx"]["problems"]:
+                yield Problem((*path, *problem.path), problem.message, problem.at_key)
         case "missing" if _stands_in(path[-1], error["input"]):
             return  # the key that was written in its place is reported
         case "missing":
@@ -121,24 +121,23 @@ def _unknown_key(path: KeyPath, context: MethodContext) -> str:
     if not place and name in TOP_LEVEL_KEYS:
         return f"a key of mergekit that is not supported here: {TOP_LEVEL_KEYS[name]}."
     known = [key for key in SPECS[place].model_fields if not (key == "kind" and place)]
-    if hint := did_you_mean(name, known):
-        return f"unknown key.{hint}"
-    return f"unknown key. {_elsewhere(name, context) or _known(known)}"
+    elsewhere = _elsewhere(name, context)
+    return f"unknown key.{elsewhere or did_you_mean(name, known) or _known(known)}"
 
 
 def _elsewhere(name: str, context: MethodContext) -> str:
     parameter = context.method.parameter(name) if context.method else None
     if parameter is not None:
-        return f"It belongs under `{'models[i].parameters' if parameter.per_source else 'parameters'}`."
+        return f" It belongs under `{'models[i].parameters' if parameter.per_source else 'parameters'}`."
     homes = [place for place, spec in SPECS.items() if name in spec.model_fields]
     if not homes:
         return ""
     home = format_path(homes[0])
-    return f"It belongs under `{home}`." if home else "It belongs at the top of the recipe."
+    return f" It belongs under `{home}`." if home else " It belongs at the top of the recipe."
 
 
 def _known(names: Sequence[str]) -> str:
-    return f"Known here: {', '.join(f'`{name}`' for name in names)}."
+    return f" Known here: {', '.join(f'`{name}`' for name in names)}."
 
 
 def _with_defaults(recipe: MergeRecipe, method: MethodSchema) -> MergeRecipe:

@@ -32,7 +32,7 @@ from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.mergekit_words import METHODS
 from mergekit_bayes.recipe.method_schema import MethodSchema, find_method, method_words
 from mergekit_bayes.recipe.parameters import Parameters, parse_parameters
-from mergekit_bayes.recipe.problem import InvalidValueError, KeyPath, Places, Problem, did_you_mean, show
+from mergekit_bayes.recipe.problem import KeyPath, Places, Problem, Refusal, did_you_mean, refusal, show
 from mergekit_bayes.recipe.reference import model_reference
 from mergekit_bayes.recipe.scalar import Scalar
 
@@ -57,9 +57,9 @@ def _merge_method(value: object, info: ValidationInfo) -> str:
         return name
     listing = " `bayes-merge methods` lists those there are."
     if name in METHODS:
-        raise InvalidValueError(f"`{name}` is a method of mergekit that is not implemented here.{listing}")
+        raise refusal(f"`{name}` is a method of mergekit that is not implemented here.{listing}")
     hint = did_you_mean(name, method_words(info.context.methods))
-    raise InvalidValueError(f"no merge method is called {show(name)}.{hint or listing}")
+    raise refusal(f"no merge method is called {show(name)}.{hint or listing}")
 
 
 def _shared_parameters(value: object, info: ValidationInfo) -> Parameters:
@@ -74,9 +74,7 @@ def _source_precision(value: object) -> str | float | Literal[False] | None:
     if value is None or value is False:
         return value
     if value is True:
-        raise InvalidValueError(
-            "expected a path, a number or false; a sidecar beside the model is used by itself."
-        )
+        raise refusal("expected a path, a number or false; a sidecar beside the model is used by itself.")
     return field.text(value) if not isinstance(value, int | float) else field.positive(value)
 
 
@@ -91,8 +89,8 @@ def _stored_precision(value: object) -> str | Literal[False]:
         return False
     try:
         return field.choice("float32", "bfloat16", also={"bf16": "bfloat16", "fp32": "float32"})(value)
-    except InvalidValueError as error:
-        raise InvalidValueError(str(error).replace("expected", "expected false,", 1)) from None
+    except Refusal as error:
+        raise refusal(str(error).replace("expected", "expected false,", 1)) from None
 
 
 def _empty_if_nothing(value: object) -> object:
@@ -101,9 +99,9 @@ def _empty_if_nothing(value: object) -> object:
 
 def _models(value: object) -> object:
     if not isinstance(value, list | tuple):
-        raise InvalidValueError(f"expected a list of models, each `- model: ...`, found {show(value)}.")
+        raise refusal(f"expected a list of models, each `- model: ...`, found {show(value)}.")
     if not value:
-        raise InvalidValueError("an empty list; a merge needs at least one model.")
+        raise refusal("an empty list; a merge needs at least one model.")
     return value
 
 
@@ -190,9 +188,7 @@ class MergeRecipe(_Frozen):
         _is(field.optional(field.choice("product", "factor", "full"))),
     ] = None
     scale: Annotated[Literal["sum", "mean"], _is(field.choice("sum", "mean"))] = "sum"
-    precision: Annotated[PrecisionSpec, BeforeValidator(_empty_if_nothing)] = Field(
-        default_factory=PrecisionSpec
-    )
+    precision: Annotated[PrecisionSpec, BeforeValidator(_empty_if_nothing)] = Field(default_factory=PrecisionSpec)
     output: Annotated[OutputSpec, BeforeValidator(_empty_if_nothing)] = Field(default_factory=OutputSpec)
     seed: Annotated[int, _is(field.integer(0))] = 0
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from mergekit_bayes.errors import RecipeError
 from mergekit_bayes.recipe.document import Document, parse_value
-from mergekit_bayes.recipe.problem import InvalidValueError, KeyPath, Places, format_path, show
+from mergekit_bayes.recipe.problem import KeyPath, Places, Refusal, format_path, refusal, show
 
 _STEP = re.compile(r"([^.\[\]\s]+)((?:\[[0-9]{1,9}\])*)")
 
@@ -30,7 +30,7 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
             places = replace(places, overrides=(*places.overrides, path))
         except RecipeError as error:
             problems += error.problems
-        except InvalidValueError as error:
+        except Refusal as error:
             problems.append(f"--set {override.split('=')[0]}: {error}")
     if problems or not isinstance(data, Mapping):
         raise RecipeError(problems)
@@ -41,13 +41,13 @@ def parse_path(text: str) -> KeyPath:
     """The path written as `models[0].parameters.weight`.
 
     Raises:
-        InvalidValueError: it is not of this form.
+        Refusal: it is not of this form.
     """
     path: list[str | int] = []
     for part in text.split("."):
         step = _STEP.fullmatch(part)
         if step is None:
-            raise InvalidValueError("not a path of keys such as `models[0].parameters.weight`.")
+            raise refusal("not a path of keys such as `models[0].parameters.weight`.")
         path.append(step[1])
         path += [int(index) for index in re.findall(r"[0-9]+", step[2])]
     return tuple(path)
@@ -56,7 +56,7 @@ def parse_path(text: str) -> KeyPath:
 def _parse(override: str) -> tuple[KeyPath, object]:
     key, equals, text = override.partition("=")
     if not equals:
-        raise InvalidValueError("expected key.path=value.")
+        raise refusal("expected key.path=value.")
     path = parse_path(key.strip())
     return path, parse_value(text, f"--set {key.strip()}")
 
@@ -67,12 +67,12 @@ def _assign(data: object, path: KeyPath, depth: int, value: object) -> object:
     step, at = path[depth], format_path(path[:depth])
     if isinstance(step, int):
         if not isinstance(data, list | tuple):
-            raise InvalidValueError(f"`{at}` is {show(data)}, not a list.")
+            raise refusal(f"`{at}` is {show(data)}, not a list.")
         if step >= len(data):
-            raise InvalidValueError(f"`{at}` has {len(data)} entries, numbered from 0.")
+            raise refusal(f"`{at}` has {len(data)} entries, numbered from 0.")
         return [*data[:step], _assign(data[step], path, depth + 1, value), *data[step + 1 :]]
     if data is not None and not isinstance(data, Mapping):
-        raise InvalidValueError(f"`{at}` is {show(data)}, not a mapping.")
+        raise refusal(f"`{at}` is {show(data)}, not a mapping.")
     entries = dict(data or {})
     entries[step] = _assign(entries.get(step), path, depth + 1, value)
     return entries

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.method_schema import MethodSchema, ParameterSchema
-from mergekit_bayes.recipe.problem import InvalidValueError, Problem, did_you_mean, show
+from mergekit_bayes.recipe.problem import Problem, Refusal, did_you_mean, problems_of, refusal, show
 from mergekit_bayes.recipe.scalar import Scalar
 from mergekit_bayes.recipe.value import Value, parse_value, plain_value, value_at
 
@@ -49,35 +49,35 @@ def parse_parameters(raw: object, method: MethodSchema | None, *, per_source: bo
         per_source: they belong to one model, which only takes parameters that may differ between models.
 
     Raises:
-        InvalidValueError: every fault, each with its place.
+        Refusal: every fault, each with its place.
     """
     if raw is None:
         return Parameters()
     if not isinstance(raw, Mapping):
-        raise InvalidValueError(f"expected a mapping such as `{{weight: 0.5}}`, found {show(raw)}.")
+        raise refusal(f"expected a mapping such as `{{weight: 0.5}}`, found {show(raw)}.")
     entries: list[tuple[str, Value]] = []
     problems: list[Problem] = []
     for name, value in raw.items():
         try:
             entries.append((name, _parse_entry(name, value, method, per_source=per_source)))
-        except InvalidValueError as error:
-            problems += error.below(name if isinstance(name, str) else show(name))
+        except Refusal as error:
+            problems += problems_of(error, name if isinstance(name, str) else show(name))
     if problems:
-        raise InvalidValueError(*problems)
+        raise refusal(*problems)
     return Parameters(tuple(entries))
 
 
 def _parse_entry(name: object, value: object, method: MethodSchema | None, *, per_source: bool) -> Value:
     if not isinstance(name, str):
-        raise InvalidValueError(Problem((), "a key is text.", at_key=True))
+        raise refusal(Problem((), "a key is text.", at_key=True))
     if value is None:
-        raise InvalidValueError("has no value.")
+        raise refusal("has no value.")
     if method is None:
         return parse_value(value, field.any_scalar)
     schema = method.parameter(name)
     if schema is None or (per_source and not schema.per_source):
         message = _unknown(name, schema, method, per_source=per_source)
-        raise InvalidValueError(Problem((), message, at_key=True))
+        raise refusal(Problem((), message, at_key=True))
     return parse_value(value, field.parameter(schema, method.name))
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from pydantic_core import PydanticCustomError
+
 KeyPath: TypeAlias = tuple[str | int, ...]
 """The way to one value of a recipe: `("models", 0, "parameters", "weight")`."""
 
@@ -37,20 +39,28 @@ class Problem:
     at_key: bool = False
 
 
-class InvalidValueError(ValueError):
-    """A value that no recipe may have; it can hold several problems at places below the value.
+Refusal: TypeAlias = PydanticCustomError
+"""Raised for a value that no recipe may have; `load_recipe` gathers all of them into one RecipeError.
+
+pydantic's own class, because pydantic collects it from every field.
+"""
+
+
+def refusal(*problems: Problem | str) -> Refusal:
+    """A refusal of a value; it can hold several problems at places below the value.
 
     Args:
         *problems: each with its path relative to the value; a plain string concerns the value itself.
     """
+    found = tuple(p if isinstance(p, Problem) else Problem((), p) for p in problems)
+    message = "; ".join(problem.message for problem in found)
+    return PydanticCustomError("refusal", "{message}", {"message": message, "problems": found})
 
-    def __init__(self, *problems: Problem | str) -> None:
-        self.problems = tuple(p if isinstance(p, Problem) else Problem((), p) for p in problems)
-        super().__init__("; ".join(problem.message for problem in self.problems))
 
-    def below(self, *path: str | int) -> tuple[Problem, ...]:
-        """The problems again, with `path` put in front of theirs."""
-        return tuple(Problem((*path, *p.path), p.message, p.at_key) for p in self.problems)
+def problems_of(error: Refusal, *path: str | int) -> tuple[Problem, ...]:
+    """The problems a refusal holds, with `path` put in front of theirs."""
+    found: tuple[Problem, ...] = (error.context or {})["problems"]
+    return tuple(Problem((*path, *p.path), p.message, p.at_key) for p in found)
 
 
 @dataclass(frozen=True)

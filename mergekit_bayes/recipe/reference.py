@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mergekit_bayes.recipe import field
-from mergekit_bayes.recipe.problem import InvalidValueError, Problem, did_you_mean, show
+from mergekit_bayes.recipe.problem import Problem, Refusal, did_you_mean, problems_of, refusal, show
 
 
 def model_reference(value: object) -> str:
@@ -15,7 +15,7 @@ def model_reference(value: object) -> str:
         {model: {path: org/base, revision: v2}}                         -> org/base@v2
 
     Raises:
-        InvalidValueError: the mapping has other keys, or a part of it cannot be written in the short form.
+        Refusal: the mapping has other keys, or a part of it cannot be written in the short form.
     """
     if not isinstance(value, Mapping):
         return field.text(value)
@@ -28,10 +28,10 @@ def model_reference(value: object) -> str:
             continue
         try:
             parts.append(_path_with_revision(value[key], alone=len(value) == 1))
-        except InvalidValueError as error:
-            problems += error.below(key)
+        except Refusal as error:
+            problems += problems_of(error, key)
     if problems:
-        raise InvalidValueError(*problems)
+        raise refusal(*problems)
     return "+".join(parts)
 
 
@@ -46,19 +46,17 @@ def _path_with_revision(value: object, *, alone: bool) -> str:
             continue
         try:
             parts.append(_without("+@", field.text(value.get(key))))
-        except InvalidValueError as error:
-            problems += error.below(key)
+        except Refusal as error:
+            problems += problems_of(error, key)
     if problems:
-        raise InvalidValueError(*problems)
+        raise refusal(*problems)
     return "@".join(parts)
 
 
 def _without(characters: str, text: str) -> str:
     for character in characters:
         if character in text:
-            raise InvalidValueError(
-                f"{show(text)} contains `{character}`, which separates the parts of a reference."
-            )
+            raise refusal(f"{show(text)} contains `{character}`, which separates the parts of a reference.")
     return text
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import TypeAlias
 
-from mergekit_bayes.recipe.problem import InvalidValueError
+from mergekit_bayes.recipe.problem import refusal
 
 Scalar: TypeAlias = bool | int | float | str
 ScalarType: TypeAlias = type[bool] | type[int] | type[float] | type[str]
@@ -30,7 +30,7 @@ def resolve_scalar(text: str) -> Scalar | None:
     """The value of a plain (unquoted) scalar.
 
     Raises:
-        InvalidValueError: an integer of more digits than Python reads at once.
+        Refusal: an integer of more digits than Python reads at once.
     """
     if text in _NULL:
         return None
@@ -47,5 +47,5 @@ def resolve_scalar(text: str) -> Scalar | None:
 
 def _integer(text: str) -> int:
     if len(text) > 300:
-        raise InvalidValueError(f"a number of {len(text)} digits")
+        raise refusal(f"a number of {len(text)} digits")
     return int(text, 0) if _BASED.fullmatch(text) else int(text, 10)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from mergekit_bayes.recipe.problem import InvalidValueError, Problem, did_you_mean, show
+from mergekit_bayes.recipe.problem import Problem, Refusal, did_you_mean, problems_of, refusal, show
 from mergekit_bayes.recipe.scalar import Scalar
 
 
@@ -55,10 +55,10 @@ def parse_value(raw: object, check: Callable[[object], Scalar]) -> Value:
 
     Args:
         raw: what the recipe says.
-        check: refuses (InvalidValueError) a scalar of the wrong type or range, else returns it.
+        check: refuses (Refusal) a scalar of the wrong type or range, else returns it.
 
     Raises:
-        InvalidValueError: every fault, each with its place below the value.
+        Refusal: every fault, each with its place below the value.
     """
     if isinstance(raw, Mapping):
         return Filtered((_condition(raw, check),))
@@ -71,11 +71,11 @@ def parse_value(raw: object, check: Callable[[object], Scalar]) -> Value:
     for index, entry in enumerate(raw):
         try:
             conditions.append(_condition(entry, check))
-        except InvalidValueError as error:
-            problems += error.below(index)
+        except Refusal as error:
+            problems += problems_of(error, index)
     problems += _unreachable(raw)
     if problems:
-        raise InvalidValueError(*problems)
+        raise refusal(*problems)
     return Filtered(tuple(conditions))
 
 
@@ -86,8 +86,7 @@ def plain_value(value: Value) -> object:
             return list(anchors)
         case Filtered(conditions):
             return [
-                ({} if c.filter is None else {"filter": c.filter}) | {"value": plain_value(c.value)}
-                for c in conditions
+                ({} if c.filter is None else {"filter": c.filter}) | {"value": plain_value(c.value)} for c in conditions
             ]
         case _:
             return value
@@ -160,9 +159,7 @@ def layer_positions(names: Iterable[str]) -> dict[str, float]:
     for found in layers.values():
         if found is not None:
             last[found[0]] = max(last.get(found[0], 0), found[1])
-    return {
-        name: 0.0 if found is None else _position(found[1], last[found[0]]) for name, found in layers.items()
-    }
+    return {name: 0.0 if found is None else _position(found[1], last[found[0]]) for name, found in layers.items()}
 
 
 _LAYER = re.compile(r"(?:^|\.)([0-9]{1,9})\.")
@@ -188,24 +185,22 @@ def _interpolate(anchors: tuple[Scalar, ...], t: float) -> Scalar:
 
 def _gradient(raw: Sequence[object], check: Callable[[object], Scalar]) -> Gradient:
     if not raw:
-        raise InvalidValueError("an empty list has no value for any layer.")
+        raise refusal("an empty list has no value for any layer.")
     anchors: list[Scalar] = []
     problems: list[Problem] = []
     for index, entry in enumerate(raw):
         try:
             anchors.append(check(entry))
-        except InvalidValueError as error:
-            problems += error.below(index)
+        except Refusal as error:
+            problems += problems_of(error, index)
     if problems:
-        raise InvalidValueError(*problems)
+        raise refusal(*problems)
     return Gradient(tuple(anchors))
 
 
 def _condition(raw: object, check: Callable[[object], Scalar]) -> Condition:
     if not isinstance(raw, Mapping):
-        raise InvalidValueError(
-            f"found {show(raw)} among filters; each entry is `{{filter: ..., value: ...}}`."
-        )
+        raise refusal(f"found {show(raw)} among filters; each entry is `{{filter: ..., value: ...}}`.")
     problems = [
         Problem((str(key),), f"unknown key.{did_you_mean(str(key), ('filter', 'value'))}", at_key=True)
         for key in raw
@@ -219,20 +214,16 @@ def _condition(raw: object, check: Callable[[object], Scalar]) -> Condition:
     else:
         try:
             value = _conditional_value(raw["value"], check)
-        except InvalidValueError as error:
-            problems += error.below("value")
+        except Refusal as error:
+            problems += problems_of(error, "value")
     if problems or value is None:
-        raise InvalidValueError(*problems)
+        raise refusal(*problems)
     return Condition(value, chosen if isinstance(chosen, str) else None)
 
 
 def _conditional_value(raw: object, check: Callable[[object], Scalar]) -> Scalar | Gradient:
-    if isinstance(raw, Mapping) or (
-        isinstance(raw, list | tuple) and any(isinstance(e, Mapping) for e in raw)
-    ):
-        raise InvalidValueError(
-            "a filter inside a filter; write all filters in one list, the narrowest first."
-        )
+    if isinstance(raw, Mapping) or (isinstance(raw, list | tuple) and any(isinstance(e, Mapping) for e in raw)):
+        raise refusal("a filter inside a filter; write all filters in one list, the narrowest first.")
     return _gradient(raw, check) if isinstance(raw, list | tuple) else check(raw)
 
 
@@ -241,9 +232,7 @@ def _unreachable(raw: Sequence[object]) -> list[Problem]:
     catch_all: int | None = None
     for index, entry in enumerate(raw):
         if catch_all is not None:
-            problems.append(
-                Problem((index,), f"never reached: entry [{catch_all}] already matches every tensor.")
-            )
+            problems.append(Problem((index,), f"never reached: entry [{catch_all}] already matches every tensor."))
         elif isinstance(entry, Mapping) and entry.get("filter") in (None, "*", ""):
             catch_all = index
     return problems
