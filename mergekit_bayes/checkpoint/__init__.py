@@ -6,7 +6,7 @@
     shards       a single file, or an index and its shards
     index        a model folder
     reference    `model@revision+adapter` and where it lies
-    adapter      a PEFT LoRA adapter folder
+    adapter      a PEFT LoRA adapter folder; adapter_config what is plain LoRA; orientation how weights are stored
     sidecar      the precisions beside a checkpoint, and in sidecar_metadata what they mean
     fingerprint  which weights these are, without reading all of them
     reader       blocks of tensors from disk
