@@ -1,1 +1,73 @@
-"""Merge fine-tuned models as posteriors: a mean and a precision for every weight."""
+"""Merge fine-tuned models as posteriors: a mean and a precision for every weight.
+
+    merge                 run a recipe
+    plan_merge            what a recipe would do, from headers alone
+    load_recipe           read and check a recipe
+    load_posterior        a checkpoint or adapter with its sidecar, as one posterior per tensor
+    Diagonal, Isotropic   the posterior families and their algebra
+    merge_posteriors      the rule: natural parameters add
+    mismatch              what a merge is predicted to cost a source
+    merge_method          register a merge method of your own
+    Parameter             declare a parameter of it
+    method_names          the registered methods
+    MergekitBayesError    the root of every error this library raises on purpose
+
+Names are loaded when they are first used, so importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mergekit_bayes.errors import MergekitBayesError
+    from mergekit_bayes.merge.load import load_posterior
+    from mergekit_bayes.merge.plan import plan_merge
+    from mergekit_bayes.merge.registry import Parameter, merge_method, method_names
+    from mergekit_bayes.merge.run import merge
+    from mergekit_bayes.posterior import Diagonal, Isotropic, merge_posteriors, mismatch
+    from mergekit_bayes.recipe import load_recipe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Diagonal",
+    "Isotropic",
+    "MergekitBayesError",
+    "Parameter",
+    "load_posterior",
+    "load_recipe",
+    "merge",
+    "merge_method",
+    "merge_posteriors",
+    "method_names",
+    "mismatch",
+    "plan_merge",
+]
+
+_HOMES = {
+    "Diagonal": "mergekit_bayes.posterior",
+    "Isotropic": "mergekit_bayes.posterior",
+    "MergekitBayesError": "mergekit_bayes.errors",
+    "Parameter": "mergekit_bayes.merge.registry",
+    "load_posterior": "mergekit_bayes.merge.load",
+    "load_recipe": "mergekit_bayes.merge.load",
+    "merge_method": "mergekit_bayes.merge.registry",
+    "merge_posteriors": "mergekit_bayes.posterior",
+    "method_names": "mergekit_bayes.merge.registry",
+    "mismatch": "mergekit_bayes.posterior",
+    "plan_merge": "mergekit_bayes.merge.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "merge":
+        return importlib.import_module("mergekit_bayes.merge")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,1 +1,34 @@
-"""mergekit_bayes.merge"""
+"""Merging: recipe -> plan -> one streaming loop -> checkpoint or adapter, sidecar, report.
+
+    registry.py, parameter.py   what a merge method declares; methods/ holds one file per method
+    schemas.py                  the methods as recipes see them
+    inputs.py, setting.py       base and sources opened by their headers; weights, priors and dtypes decided
+    dense.py, adapters.py       steps of a merge into a full checkpoint, into an adapter
+    steps.py, plan.py           the plan: frozen data; plan_text.py prints it, memory.py sizes it
+    blocks.py, lora.py          the arithmetic of a block, of LoRA updates; checks.py refuses bad numbers
+    operands.py, modules.py     from byte ranges to tensors; one adapted layer
+    execute.py, processes.py    the loop over blocks; several processes
+    run.py, finish.py           from a plan to a published folder
+    configuration.py, provenance.py, card.py    what the folder says about itself
+    load.py                     posteriors in memory, for Python
+
+The package can be called: `from mergekit_bayes import merge; merge("recipe.yaml", "merged/")` runs `run.merge`. The
+function and the package want the same name, and whichever is imported last would hide the other; as a callable package
+both are there in every order of imports.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from mergekit_bayes.merge.run import merge
+
+        return merge(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

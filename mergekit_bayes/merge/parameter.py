@@ -57,18 +57,12 @@ class Parameter:
         """
         converted = self._convert(value)
         if self.only is not None and converted != self.only:
-            raise MethodError(
-                f"parameter `{self.name}` is {_shown(value)}; only {_shown(self.only)} is supported here"
-            )
+            raise MethodError(f"parameter `{self.name}` is {_shown(value)}; only {_shown(self.only)} is supported here")
         if isinstance(converted, int | float):
             if self.minimum is not None and converted < self.minimum:
-                raise MethodError(
-                    f"parameter `{self.name}` is {converted}; it must be at least {self.minimum}"
-                )
+                raise MethodError(f"parameter `{self.name}` is {converted}; it must be at least {self.minimum}")
             if self.maximum is not None and converted > self.maximum:
-                raise MethodError(
-                    f"parameter `{self.name}` is {converted}; it must be at most {self.maximum}"
-                )
+                raise MethodError(f"parameter `{self.name}` is {converted}; it must be at most {self.maximum}")
         return converted
 
     def _convert(self, value: object) -> Value:
@@ -81,9 +75,7 @@ class Parameter:
         raise MethodError(f"parameter `{self.name}` is {_shown(value)}; it must be {TYPE_WORDS[self.type]}")
 
 
-def resolve_parameters(
-    owner: str, declared: Sequence[Parameter], given: Mapping[str, object]
-) -> dict[str, object]:
+def resolve_parameters(owner: str, declared: Sequence[Parameter], given: Mapping[str, object]) -> dict[str, object]:
     """Check `given` against `declared` and fill in the defaults.
 
     Args:

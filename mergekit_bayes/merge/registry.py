@@ -40,29 +40,13 @@ WeightRule = Callable[[tuple[float, ...], Mapping[str, object]], tuple[float, ..
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 # Names people bring along from mergekit recipes; a misspelling hint would be misleading for them.
-MERGEKIT_ONLY = frozenset(
-    {
-        "arcee_fusion",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "dare_linear",
-        "dare_ties",
-        "della",
-        "della_linear",
-        "karcher",
-        "lrp",
-        "model_stock",
-        "multislerp",
-        "nearswap",
-        "nuslerp",
-        "passthrough",
-        "ram",
-        "ramplus_tl",
-        "sce",
-        "slerp",
-        "ties",
-    }
-)
+# fmt: off
+MERGEKIT_ONLY = frozenset({
+    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
+    "karcher", "lrp", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl",
+    "sce", "slerp", "ties",
+})
+# fmt: on
 
 
 class MergeKernel(Protocol):
@@ -135,9 +119,7 @@ class MergeMethod:
         """
         return resolve_parameters(f"merge method `{self.name}`", self.parameters, parameters)
 
-    def effective_weights(
-        self, weights: Sequence[float], parameters: Mapping[str, object]
-    ) -> tuple[float, ...]:
+    def effective_weights(self, weights: Sequence[float], parameters: Mapping[str, object]) -> tuple[float, ...]:
         """Turn the weights of a recipe into the weights the kernel is given.
 
         Args:
@@ -156,9 +138,7 @@ class MergeMethod:
             raise MethodError(f"merge method `{self.name}`: there is no source; at least one is needed")
         for position, weight in enumerate(checked):
             if not math.isfinite(weight):
-                raise MethodError(
-                    f"merge method `{self.name}`: weight of source {position} is {weight}, not a number"
-                )
+                raise MethodError(f"merge method `{self.name}`: weight of source {position} is {weight}, not a number")
         resolved = self.resolve_parameters(parameters)
         return checked if self.weight_rule is None else self.weight_rule(checked, resolved)
 
@@ -196,9 +176,7 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
     def register(kernel: Kernel) -> Kernel:
         for taken in (name, *aliases):
             if not NAME.fullmatch(taken):
-                raise MethodError(
-                    f"merge method name {taken!r}: use lower-case letters, digits and underscores"
-                )
+                raise MethodError(f"merge method name {taken!r}: use lower-case letters, digits and underscores")
         _check_kernel(name, kernel)
         summary = inspect.getdoc(kernel).splitlines()[0]  # type: ignore[union-attr]  # checked just above
         _add(
@@ -232,9 +210,7 @@ def get_method(name: str) -> MergeMethod:
             return method
     known = ", ".join(f"`{each}`" for each in method_names())
     if name in MERGEKIT_ONLY:
-        raise UnknownMethodError(
-            f"merge method `{name}` is mergekit's and not supported here; there are {known}"
-        )
+        raise UnknownMethodError(f"merge method `{name}` is mergekit's and not supported here; there are {known}")
     names = [each for method in methods() for each in (method.name, *method.aliases)]
     near = difflib.get_close_matches(name, names, n=1)
     hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -262,17 +238,13 @@ def _add(method: MergeMethod) -> None:
     for name in (method.name, *method.aliases):
         if name in taken:
             here, there = _place(method.kernel), _place(taken[name].kernel)
-            raise MethodError(
-                f"merge method `{name}` is registered twice: by {there} and by {here}; rename one"
-            )
+            raise MethodError(f"merge method `{name}` is registered twice: by {there} and by {here}; rename one")
     _methods[method.name] = method
 
 
 def _check_kernel(name: str, kernel: MergeKernel) -> None:
     if not inspect.getdoc(kernel):
-        raise MethodError(
-            f"merge method `{name}`: {_place(kernel)} needs a docstring with its equation and paper"
-        )
+        raise MethodError(f"merge method `{name}`: {_place(kernel)} needs a docstring with its equation and paper")
     seen = [(parameter.name, parameter.kind) for parameter in inspect.signature(kernel).parameters.values()]
     positional, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     wanted = [("base", positional), ("sources", positional), ("weights", positional), ("floor", keyword)]

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.posterior import Posterior
 
 
-@merge_method(
-    "gradient_matching", base="required", precision="required", prior="required", paper="arXiv 2310.12808"
-)
+@merge_method("gradient_matching", base="required", precision="required", prior="required", paper="arXiv 2310.12808")
 def gradient_matching(
     base: Posterior, sources: Sequence[Posterior], weights: Tensor, *, floor: float | None = None
 ) -> Posterior:
@@ -24,8 +22,8 @@ def gradient_matching(
 
         m = theta_0 + sum_t alpha_t Hbar^-1 (H_0 + H_t) (m_t - theta_0) ,     Hbar = H_0 + sum_t alpha_t H_t
 
-    (Daheim et al., "Model merging by uncertainty-based gradient matching", ICLR 2024, arXiv 2310.12808,
-    equation 12.) It is the rule of `mergekit_bayes.posterior.rule` with S_0 = H_0 the prior precision and S_t
+    (Daheim et al., "Model merging by uncertainty-based gradient matching", ICLR 2024, arXiv
+    2310.12808.) It is the rule of `mergekit_bayes.posterior.rule` with S_0 = H_0 the prior precision and S_t
     = H_0 + H_t the precision in a sidecar, which already includes the prior. Weights of one need no tuning.
 
     Args:

@@ -41,9 +41,7 @@ def normalized(weights: tuple[float, ...], parameters: Mapping[str, object]) -> 
     parameters=(Parameter("normalize", bool, True, help="divide the weights by their sum"),),
     weights=normalized,
 )
-def linear(
-    base: Posterior, sources: Sequence[Posterior], weights: Tensor, *, floor: float | None = None
-) -> Posterior:
+def linear(base: Posterior, sources: Sequence[Posterior], weights: Tensor, *, floor: float | None = None) -> Posterior:
     r"""Weighted average of the means (model soup).
 
         m = sum_t alpha_t m_t ,     S = S_0

@@ -23,9 +23,10 @@ def posterior(
         q = q_0 prod_t (q_t / q_0)^alpha_t
         S = S_0 + sum_t alpha_t (S_t - S_0) ,     m = theta_0 + S^-1 sum_t alpha_t S_t (m_t - theta_0)
 
-    (Khan, arXiv 2506.14262; Monzon Maldonado et al., "Variational model merging", arXiv 2412.08147.) Unlike
-    `gradient_matching` it asks no precision of every source: one without a sidecar has learned where its mean
-    is and nothing else, S_t = S_0. With no sidecar at all it is task arithmetic.
+    (Khan, "Knowledge adaptation as posterior correction", arXiv 2506.14262; Monzón Maldonado et al.,
+    "Variational model merging", arXiv 2412.08147.) Unlike `gradient_matching` it does not ask every source
+    for a precision: one without a sidecar has a mean and knows no more than the prior, S_t = S_0. With no
+    sidecar at all this is task arithmetic.
 
     Args:
         base: mean theta_0 and prior precision S_0, shape (*weight).

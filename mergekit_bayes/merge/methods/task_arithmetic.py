@@ -35,9 +35,7 @@ def scaled(weights: tuple[float, ...], parameters: Mapping[str, object]) -> tupl
     parameters=(
         Parameter("normalize", bool, False, help="divide the weights by their sum"),
         Parameter("lambda", float, 1.0, help="multiplies all task vectors"),
-        Parameter(
-            "density", float, 1.0, only=1.0, per_source=True, help="mergekit's sparsification; 1 keeps all"
-        ),
+        Parameter("density", float, 1.0, only=1.0, per_source=True, help="mergekit's sparsification; 1 keeps all"),
         Parameter("rescale", bool, False, help="mergekit's; without effect at density 1"),
         Parameter("int8_mask", bool, False, help="mergekit's; without effect at density 1"),
     ),

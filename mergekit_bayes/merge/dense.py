@@ -1,0 +1,301 @@
+"""Steps of a merge whose output is a full checkpoint.
+
+Every tensor of every input is accounted for: merged, copied, tied to another one, or refused. Sources may be
+checkpoints, adapters on the recipe's base, or adapters on a checkpoint of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from mergekit_bayes.checkpoint.adapter import LoraModule
+from mergekit_bayes.checkpoint.fingerprint import fingerprint
+from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.errors import (
+    MergekitBayesError,
+    MissingInputError,
+    MissingTensorError,
+    ShapeMismatchError,
+)
+from mergekit_bayes.merge.inputs import Input
+from mergekit_bayes.merge.setting import Setting, check_dtype, mergeable
+from mergekit_bayes.merge.steps import CopyStep, LowRank, MergeStep, Operand, Step
+from mergekit_bayes.recipe import layer_positions
+
+EMBEDDING_WORDS = ("emb", "wte", "shared", "word")
+"""Parts of names under which input embeddings go; an absent output head can only be tied to one of those."""
+
+
+@dataclass(frozen=True)
+class DenseInput:
+    """One input seen as a full checkpoint.
+
+    Attributes:
+        source: the input.
+        tensors: its dense tensors; those of the base for an adapter that comes without a checkpoint.
+        modules: LoRA modules by the name of the dense tensor they change.
+        saved: tensors that the adapter stores whole and that replace dense ones, by dense name.
+    """
+
+    source: Input
+    tensors: Mapping[str, TensorInfo]
+    modules: Mapping[str, LoraModule]
+    saved: Mapping[str, TensorInfo]
+
+    def stored(self, name: str) -> TensorInfo:
+        """The dense tensor under this name, before a LoRA update."""
+        return self.saved.get(name) or self.tensors[name]
+
+
+def dense_steps(setting: Setting) -> tuple[list[Step], bool]:
+    """Lay out a dense merge.
+
+    Args:
+        setting: the recipe and its inputs; problems are added to `setting.problems`.
+
+    Returns:
+        The steps, sorted by tensor name, and whether the output head has to be untied from the embedding.
+    """
+    inputs = [_dense_input(source, setting) for source in setting.sources]
+    reference = _reference(setting, inputs)
+    if reference is None or any(found is None for found in inputs):
+        return [], False
+    sources = [found for found in inputs if found is not None]
+    names, ties = _names(setting, reference, sources)
+    untied = any(name not in reference.tensors for name in ties)
+    if setting.problems:
+        return [], untied
+    positions = layer_positions(names)
+    reference, sources = _tie(reference, ties), [_tie(source, ties) for source in sources]
+    steps = [_step(setting, reference, sources, name, positions[name]) for name in names]
+    return [step for step in steps if step is not None], untied
+
+
+def _reference(setting: Setting, inputs: list[DenseInput | None]) -> DenseInput | None:
+    """The input whose tensor names, dtypes and configuration the output follows: the base, else the first source."""
+    if setting.base is None:
+        return inputs[0] if inputs else None
+    return _dense_input(setting.base, setting)
+
+
+def _dense_input(source: Input, setting: Setting) -> DenseInput | None:
+    checkpoint = source.checkpoint
+    if checkpoint is None and setting.base is not None:
+        checkpoint = setting.base.checkpoint
+    if checkpoint is None:
+        setting.problems.append(
+            MissingInputError(f"{source.label} is an adapter; expected a base_model to merge it into (space: full)")
+        )
+        return None
+    tensors = checkpoint.tensors
+    modules: dict[str, LoraModule] = {}
+    saved: dict[str, TensorInfo] = {}
+    if source.adapter is not None:
+        for name, module in source.adapter.modules.items():
+            target = locate(source.adapter.base_tensor(name), tensors)
+            if target is None:
+                setting.problems.append(_no_target(source, name, checkpoint.reference))
+            else:
+                modules[target] = module
+                setting.problems.extend(check_update(source, module, tensors[target]))
+        for name, tensor in source.adapter.saved.items():
+            target = locate(name, tensors)
+            if target is None:
+                setting.problems.append(_no_target(source, name, checkpoint.reference))
+            else:
+                saved[target] = tensor
+        setting.problems.extend(check_copies(source, tensors))
+    return DenseInput(source, tensors, modules, saved)
+
+
+def check_copies(source: Input, tensors: Mapping[str, TensorInfo]) -> Iterator[MergekitBayesError]:
+    """Refuse an adapter that comes with an embedding or head of its own, which a change of vocabulary leaves behind.
+
+    PEFT stores copies of the base's tensors beside an adapted embedding; they say nothing unless they differ.
+    """
+    for name, copy in source.adapter.base_copies.items() if source.adapter is not None else ():
+        target = locate(name, tensors)
+        if target is None:
+            continue
+        stored = replace(tensors[target], name=copy.name)
+        same_dtype = stored.dtype == copy.dtype
+        if stored.shape != copy.shape or (
+            same_dtype and fingerprint({copy.name: stored}) != fingerprint({copy.name: copy})
+        ):
+            yield ShapeMismatchError(
+                f"{source.label}: brings its own {name}, shape {copy.shape}, that is not the base's {stored.shape}; "
+                "was the vocabulary resized? expected an adapter on the base's own embedding"
+            )
+
+
+def locate(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Find the checkpoint's name of an adapted tensor; published checkpoints may lack the model's outermost prefix."""
+    if name in tensors:
+        return name
+    short = name.partition(".")[2]
+    return short if short in tensors else None
+
+
+def _no_target(source: Input, name: str, base: str) -> MissingTensorError:
+    return MissingTensorError(
+        f"{source.label}: adapts {name}, but {base} has no such tensor; expected an adapter trained on this base"
+    )
+
+
+def check_update(source: Input, module: LoraModule, target: TensorInfo) -> list[MergekitBayesError]:
+    """Refuse an update whose shape is not that of the weight it changes."""
+    rows, columns = module.b.shape[0], module.a.shape[1]
+    shape = (columns, rows) if module.transposed or module.kind == "embedding" else (rows, columns)
+    if shape == target.shape:
+        return []
+    return [
+        ShapeMismatchError(
+            f"{source.label}: {module.name} updates a weight of shape {shape}, but {target.name} is {target.shape} "
+            f"in {target.path.parent.name}; expected an adapter trained on this base"
+        )
+    ]
+
+
+def _names(setting: Setting, reference: DenseInput, sources: list[DenseInput]) -> tuple[list[str], dict[str, str]]:
+    """Names of the output's tensors, and for each tensor that some input ties instead of storing, its partner there."""
+    inputs = (reference, *sources)
+    ties: dict[str, str] = {}
+    for name in sorted({name for source in inputs for name in source.tensors}):
+        absent = [source for source in inputs if name not in source.tensors]
+        if not absent:
+            continue
+        partner = next((found for source in inputs if (found := tied_partner(name, source.tensors))), None)
+        if partner is not None and all(_ties(source.source) and partner in source.tensors for source in absent):
+            ties[name] = partner
+            where = ", ".join(dict.fromkeys(source.source.label for source in absent))
+            setting.notes.append(f"{name}: tied to {partner} in {where}, stored by the others; written on its own")
+        else:
+            setting.problems.extend(_unaccounted(name, reference, absent, inputs))
+    return sorted({*reference.tensors, *ties}), ties
+
+
+def _unaccounted(
+    name: str, reference: DenseInput, absent: list[DenseInput], inputs: tuple[DenseInput, ...]
+) -> Iterator[MissingTensorError]:
+    if name in reference.tensors:
+        for source in absent:
+            yield MissingTensorError(
+                f"{source.source.label}: has no tensor {name}; expected the tensors of {reference.source.label}"
+            )
+        return
+    for source in inputs:
+        if name in source.tensors:
+            yield MissingTensorError(
+                f"{source.source.label}: has a tensor {name} that {reference.source.label} has not; "
+                "expected the same tensors in every input"
+            )
+
+
+def _ties(source: Input) -> bool:
+    config = source.checkpoint.config if source.checkpoint is not None else {}
+    text = config.get("text_config")
+    nested = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
+    return bool(config.get("tie_word_embeddings", nested if nested is not None else True))
+
+
+def tied_partner(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The one embedding that a head of this name can be tied to: same shape, named like an input embedding."""
+    head = tensors.get(name)
+    if head is None or len(head.shape) != 2:
+        return None
+    found = [
+        other
+        for other, tensor in tensors.items()
+        if other != name and tensor.shape == head.shape and any(word in other for word in EMBEDDING_WORDS)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _tie(source: DenseInput, ties: Mapping[str, str]) -> DenseInput:
+    """Give an input the tensors it ties under their own names."""
+    absent = {name: source.tensors[partner] for name, partner in ties.items() if name not in source.tensors}
+    return replace(source, tensors={**source.tensors, **absent}) if absent else source
+
+
+def _step(
+    setting: Setting, reference: DenseInput, sources: list[DenseInput], name: str, position: float
+) -> Step | None:
+    stored = reference.tensors[name]
+    others = {source.source.label: source.stored(name) for source in sources}
+    problems = _disagreements(name, reference.source.label, stored, others)
+    if problems:
+        setting.problems.extend(problems)
+        return None
+    if not mergeable(stored):
+        return CopyStep(name, stored.dtype, stored, tuple(others.items()), f"{stored.dtype} is not a weight")
+    dtype = setting.output_dtype(name, stored, others)
+    weights = setting.try_weights(name, position)
+    if weights is None:
+        return None
+    untouched = all(
+        tensor == stored and name not in source.modules for tensor, source in zip(others.values(), sources, strict=True)
+    )
+    same = setting.method.base == "required" or abs(sum(weights) - 1.0) < 1e-9
+    # A base sidecar's own precisions must reach the merged sidecar; a scalar prior is in its metadata.
+    if untouched and same and not (setting.precision_dtype and setting.scalar_prior is None):
+        return CopyStep(name, dtype, stored, (), "no source changes it")
+    base = setting.with_prior(Operand(reference.source.label, stored), name)
+    found = [(_operand(setting, source, name), weight) for source, weight in zip(sources, weights, strict=True)]
+    known = [(operand, weight) for operand, weight in found if operand is not None]
+    return MergeStep(
+        name,
+        stored.shape,
+        dtype,
+        setting.precision_dtype,
+        base,
+        sources=tuple(operand for operand, _ in known),
+        weights=tuple(weight for _, weight in known),
+    )
+
+
+def _operand(setting: Setting, source: DenseInput, name: str) -> Operand | None:
+    """One source's posterior of one tensor; None where it has nothing to say (no prior and no precision)."""
+    module, whole = source.modules.get(name), source.saved.get(name)
+    operand = Operand(source.source.label, source.stored(name), None if module is None else _low_rank(module))
+    found = setting.posterior_of(source.source, operand, name if whole is None else whole.name)
+    untouched = source.source.adapter is not None and module is None and whole is None
+    if found is None and not untouched:
+        setting.problems.append(setting.no_precision(source.source, name))
+    return found
+
+
+def _low_rank(module: LoraModule) -> LowRank:
+    return LowRank(module.a, module.b, module.scaling, module.transposed or module.kind == "embedding")
+
+
+def _disagreements(
+    name: str, base_label: str, stored: TensorInfo, others: Mapping[str, TensorInfo]
+) -> list[MergekitBayesError]:
+    found: list[MergekitBayesError] = []
+    refused = check_dtype(name, stored)
+    if refused is not None:
+        found.append(refused)
+    for label, tensor in others.items():
+        if tensor.shape != stored.shape:
+            found.append(
+                ShapeMismatchError(
+                    f"{name}: shape {tensor.shape} in {label}, {stored.shape} in {base_label}; "
+                    f"expected equal shapes{_vocabulary_hint(name, tensor, stored)}"
+                )
+            )
+        elif tensor.dtype != stored.dtype and not (mergeable(tensor) and mergeable(stored)):
+            found.append(
+                ShapeMismatchError(
+                    f"{name}: dtype {tensor.dtype} in {label}, {stored.dtype} in {base_label}; "
+                    "expected the same dtype (weights are never cast from or to integers)"
+                )
+            )
+    return found
+
+
+def _vocabulary_hint(name: str, tensor: TensorInfo, stored: TensorInfo) -> str:
+    rows_only = len(tensor.shape) == len(stored.shape) == 2 and tensor.shape[1] == stored.shape[1]
+    if rows_only and (any(word in name for word in EMBEDDING_WORDS) or "head" in name):
+        return "; was the vocabulary resized? resize it back, or give every model the same tokenizer"
+    return ""

@@ -1,0 +1,302 @@
+"""Carry out a plan: one streaming loop over blocks, in as many threads as wanted.
+
+Every worker takes a block, reads its bytes from all inputs, merges, checks, and writes the result to its place. No
+block waits for another and no tensor is ever whole in memory, so peak memory depends on the number of workers alone.
+What a block computes depends on neither thread nor order: the same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_bayes.checkpoint.dtypes import DTYPES, torch_dtype
+from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.reader import BlockReader
+from mergekit_bayes.checkpoint.writer import ShardWriter
+from mergekit_bayes.errors import CheckpointError
+from mergekit_bayes.merge.blocks import CHUNK, Combine, Formula, Merged, Stored, compiled, in_chunks
+from mergekit_bayes.merge.checks import check_block, check_precision, diagnose_mean, diagnose_precision
+from mergekit_bayes.merge.memory import BLOCK_BYTES, default_workers
+from mergekit_bayes.merge.modules import run_module
+from mergekit_bayes.merge.operands import OperandReader
+from mergekit_bayes.merge.plan import MergePlan
+from mergekit_bayes.merge.steps import CopyStep, MergeStep, ModuleStep, Unit
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+Record = dict[str, Any]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to carry out a plan; none of it changes the output's bytes, except `compile` and `device` in principle.
+
+    Attributes:
+        device: where blocks are merged, "cpu" or "cuda" or "cuda:1".
+        threads: worker threads; 0 takes one per available core, at most eight.
+        block_bytes: bytes of input per block and worker.
+        compile: fuse each block into one pass with torch.compile; needs a compiler and some start-up time.
+    """
+
+    device: str = "cpu"
+    threads: int = 0
+    block_bytes: int = BLOCK_BYTES
+    compile: bool = False
+
+    @property
+    def workers(self) -> int:
+        """Number of worker threads."""
+        return self.threads or default_workers()
+
+
+class Engine:
+    """Runs the units of one plan.
+
+    Args:
+        plan: the plan.
+        options: how to run it.
+        precision_scale: merged precisions are multiplied by it before they are written.
+        progress: called with the number of bytes read and written since the last call, from any thread.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        options: Options,
+        *,
+        precision_scale: float = 1.0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.plan = plan
+        self.options = options
+        self.precision_scale = precision_scale
+        self._progress = progress or (lambda _: None)
+        self._reader = BlockReader()
+        self._operands = OperandReader(self._reader, torch_dtype(plan.compute_dtype), options.device)
+        self._combines: dict[Formula, Combine] = {}
+        _keep_freed_memory()
+
+    def run_unit(self, unit: Unit, folder: Path) -> dict[str, Record]:
+        """Write one shard and the sidecar shard beside it.
+
+        Args:
+            unit: the unit.
+            folder: where the files go.
+
+        Returns:
+            What was measured, by step name.
+
+        Raises:
+            MergekitBayesError: unreadable or illegal input, a result that is not finite, no space. The files of the
+                unit are removed.
+        """
+        with ExitStack() as stack:
+            mean = stack.enter_context(ShardWriter(folder / unit.layout.filename, unit.layout))
+            precision = None
+            if unit.precision_layout is not None:
+                path = folder / unit.precision_layout.filename
+                precision = stack.enter_context(ShardWriter(path, unit.precision_layout))
+            pool = stack.enter_context(_Pool(self.options.workers))
+            for step in unit.steps:
+                for start, stop in self._ranges(step):
+                    pool.submit(step.name, self._run, step, start, stop, mean, precision)
+            return {name: _total(parts) for name, parts in pool.results().items()}
+
+    def close(self) -> None:
+        """Close the input files."""
+        self._reader.close()
+
+    def _ranges(self, step: MergeStep | CopyStep | ModuleStep) -> Iterator[tuple[int, int]]:
+        """Element ranges of the blocks of a step; they depend on the plan and the block size alone."""
+        if isinstance(step, ModuleStep):
+            yield 0, 0
+            return
+        count = step.entries[0].numel
+        per_element = sum(DTYPES[tensor.dtype].itemsize for tensor in step.inputs)
+        size = max(CHUNK, self.options.block_bytes // max(1, per_element) // CHUNK * CHUNK)
+        if isinstance(step, MergeStep) and any(operand.low_rank for operand in step.sources):
+            row = step.shape[-1]
+            size = max(1, size // row) * row
+        yield from ((start, min(start + size, count)) for start in range(0, max(count, 1), size))
+
+    def _run(
+        self,
+        step: MergeStep | CopyStep | ModuleStep,
+        start: int,
+        stop: int,
+        mean: ShardWriter,
+        precision: ShardWriter | None,
+    ) -> Record:
+        if isinstance(step, ModuleStep):
+            record = run_module(step, self.plan, self._operands, self._write_pair(step, mean, precision))
+            self._progress(sum(tensor.nbytes for tensor in step.inputs) + sum(e.nbytes for e in step.entries))
+            return record
+        if isinstance(step, CopyStep):
+            return self._copy(step, start, stop, mean)
+        return self._merge(step, start, stop, mean, precision)
+
+    def _write_pair(
+        self, step: ModuleStep, mean: ShardWriter, precision: ShardWriter | None
+    ) -> Callable[[int, torch.Tensor, torch.Tensor | None], None]:
+        def write(which: int, values: torch.Tensor, precisions: torch.Tensor | None) -> None:
+            entry = step.entries[which]
+            stored = values.to(torch_dtype(entry.dtype)).reshape(-1).contiguous()
+            check_block(stored, entry.name, "the merged factor")
+            mean.write(entry.name, 0, stored)
+            if precision is not None and precisions is not None:
+                kind = torch_dtype(step.precision_entries[which].dtype)
+                scaled = (precisions * self.precision_scale).to(kind).reshape(-1).contiguous()
+                check_precision(scaled, entry.name, "the merged precision")
+                precision.write(entry.name, 0, scaled)
+
+        return write
+
+    def _copy(self, step: CopyStep, start: int, stop: int, mean: ShardWriter) -> Record:
+        block = self._reader.read_block(step.tensor, start, stop - start)
+        for label, tensor in step.agree:
+            other = self._reader.read_block(tensor, start, stop - start)
+            if not torch.equal(block.view(torch.uint8), other.view(torch.uint8)):
+                raise CheckpointError(
+                    f"{step.name}: {step.reason} and is copied, but {label} holds other values than "
+                    f"{step.tensor.path}; expected the same bytes in every input"
+                )
+        stored = block.to(torch_dtype(step.dtype))
+        if stored.is_floating_point():
+            check_block(stored, step.name, str(step.tensor.path))
+        mean.write(step.name, start, stored)
+        self._progress(_read_bytes(step.inputs, stop - start) + stored.nbytes)
+        return {}
+
+    def _merge(
+        self, step: MergeStep, start: int, stop: int, mean: ShardWriter, precision: ShardWriter | None
+    ) -> Record:
+        formula = self._formula(step)
+        base, sources = self._operands.block(step, start, stop)
+        weights = torch.tensor(step.weights, dtype=formula.dtype, device=self.options.device)
+        merged = self._combine(formula)(base, sources, weights)
+        self._check(step, merged, base, sources)
+        mean.write(step.name, start, merged.mean.cpu())
+        written = merged.mean.nbytes
+        if precision is not None and merged.precision is not None:
+            precision.write(step.name, start, merged.precision.cpu())
+            written += merged.precision.nbytes
+        self._progress(_read_bytes(step.inputs, stop - start) + written)
+        return _record(step, merged)
+
+    def _check(self, step: MergeStep, merged: Merged, base: Stored, sources: list[Stored]) -> None:
+        if merged.mean.numel() == 0:
+            return
+        low, high = (float(bound) for bound in torch.aminmax(merged.mean))
+        if merged.lowest_precision is not None and not float(merged.lowest_precision) > 0.0:
+            diagnose_precision(step, self._operands, self._formula(step), self._ranges(step), sources)
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            diagnose_mean(step, base, sources)
+        if merged.precision is not None:
+            check_precision(merged.precision, step.name, "the merged precision")
+
+    def _formula(self, step: MergeStep) -> Formula:
+        precisions = self.plan.method.precision != "unused"
+        return Formula(
+            method=self.plan.method,
+            dtype=torch_dtype(self.plan.compute_dtype),
+            mean_dtype=torch_dtype(step.dtype),
+            precision_dtype=None if step.precision_dtype is None else torch_dtype(step.precision_dtype),
+            with_mismatch=precisions,
+            floor=self.plan.recipe.precision.floor if precisions else None,
+            precision_scale=self.precision_scale,
+        )
+
+    def _combine(self, formula: Formula) -> Combine:
+        if formula not in self._combines:
+            self._combines[formula] = compiled(formula) if self.options.compile else in_chunks(formula)
+        return self._combines[formula]
+
+    @cached_property
+    def bytes_total(self) -> int:
+        """Bytes that progress will add up to."""
+        return self.plan.bytes_read + self.plan.bytes_written
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks instead of returning every one to the system.
+
+    The temporaries of a piece are 256 KiB each, just above the size from which glibc maps and unmaps every allocation
+    by default; the page faults then take three quarters of the time. Other C libraries lack the call.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+
+
+def _record(step: MergeStep, merged: Merged) -> Record:
+    record: Record = {}
+    if merged.mismatch is not None:
+        gaps = merged.mismatch.double().tolist()
+        record["mismatch"] = {source.label: gap for source, gap in zip(step.sources, gaps, strict=True)}
+    if merged.floored is not None:
+        record["floored_entries"] = int(merged.floored)
+        record["entries"] = merged.mean.numel()
+    return record
+
+
+def _total(parts: list[Record]) -> Record:
+    """Add up the records of a step's blocks, in block order."""
+    total: Record = {}
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, Mapping):
+                sums = total.setdefault(key, {})
+                for label, number in value.items():
+                    sums[label] = sums.get(label, 0.0) + number
+            else:
+                total[key] = total.get(key, 0) + value
+    return total
+
+
+def _read_bytes(inputs: tuple[TensorInfo, ...], count: int) -> int:
+    return sum(min(tensor.nbytes, DTYPES[tensor.dtype].itemsize * count) for tensor in inputs)
+
+
+class _Pool:
+    """Worker threads with one arithmetic thread each; the first failure stops the rest.
+
+    Many small workers beat one worker with many arithmetic threads here: reading, casting and writing run in parallel
+    too, nothing spins at barriers, and sums do not depend on the number of threads.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._pool = ThreadPoolExecutor(
+            workers, thread_name_prefix="merge", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._futures: list[tuple[str, Future[Record]]] = []
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, name: str, function: Callable[..., Record], *arguments: object) -> None:
+        self._futures.append((name, self._pool.submit(function, *arguments)))
+
+    def results(self) -> dict[str, list[Record]]:
+        """Records of every step, in block order; raises the first failure of a block in plan order."""
+        done, _ = wait([future for _, future in self._futures], return_when=FIRST_EXCEPTION)
+        failed = [future for _, future in self._futures if future in done and future.exception() is not None]
+        if failed:
+            raise failed[0].exception() or RuntimeError("a block failed")
+        gathered: dict[str, list[Record]] = {}
+        for name, future in self._futures:
+            gathered.setdefault(name, []).append(future.result())
+        return gathered

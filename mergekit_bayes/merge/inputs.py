@@ -1,0 +1,133 @@
+"""The inputs of a merge, opened: headers and configuration only.
+
+One `Input` is the base or one source: a checkpoint, an adapter, or an adapter on a checkpoint of its own
+(`model+adapter`), with the precision that goes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mergekit_bayes.checkpoint.adapter import Adapter, is_adapter, open_adapter
+from mergekit_bayes.checkpoint.fingerprint import fingerprint
+from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.index import Checkpoint, open_checkpoint
+from mergekit_bayes.checkpoint.reference import parse_reference, resolve
+from mergekit_bayes.checkpoint.sidecar import Sidecar, check_sidecar, find_sidecar, open_sidecar
+from mergekit_bayes.errors import CheckpointError, MergekitBayesError, PlanError
+
+
+@dataclass(frozen=True)
+class Input:
+    """The base or one source of a merge.
+
+    Attributes:
+        label: the reference as the recipe writes it.
+        checkpoint: the dense weights, or None for an adapter on its own.
+        adapter: the LoRA adapter, or None.
+        sidecar: its precisions, or None.
+        scalar_precision: an isotropic precision given in the recipe, or None.
+    """
+
+    label: str
+    checkpoint: Checkpoint | None
+    adapter: Adapter | None
+    sidecar: Sidecar | None
+    scalar_precision: float | None = None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Folders that are read."""
+        parts = (self.checkpoint, self.adapter)
+        return tuple(part.folder for part in parts if part is not None)
+
+    @property
+    def mean_tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors that a sidecar of this input describes: the adapter's if there is one, else the checkpoint's."""
+        if self.adapter is not None:
+            return self.adapter.tensors
+        return self.checkpoint.tensors if self.checkpoint is not None else {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of `mean_tensors`."""
+        return fingerprint(self.mean_tensors)
+
+    @property
+    def revision(self) -> str | None:
+        """Resolved commit of a hub model."""
+        part = self.adapter or self.checkpoint
+        return part.revision if part is not None else None
+
+
+def open_input(reference: str, precision: str | float | bool | None, *, base_dir: Path) -> Input:
+    """Open the headers of a base or source and of its sidecar.
+
+    Args:
+        reference: `path_or_hub_id[@revision][+adapter[@revision]]`.
+        precision: the recipe's `precision` of it: None takes the sidecar beside the model if there is one, False none,
+            a path that sidecar, a number an isotropic precision.
+        base_dir: folder of the recipe; relative paths are tried from the current directory first, then from here.
+
+    Returns:
+        The input; whether the sidecar belongs to it is checked by `belongs`.
+
+    Raises:
+        CheckpointError: something cannot be read or trusted.
+        PlanError: several such things.
+    """
+    parsed = parse_reference(reference)
+    folder = resolve(parsed.model, parsed.revision, base_dir=base_dir)
+    checkpoint, adapter = None, None
+    if is_adapter(folder.path):
+        if parsed.adapter is not None:
+            raise CheckpointError(
+                f"{reference}: {parsed.model} is itself an adapter; expected a full model before the `+`."
+            )
+        adapter = open_adapter(folder.path, reference=reference, revision=folder.revision)
+    else:
+        checkpoint = open_checkpoint(folder.path, reference=reference, revision=folder.revision)
+    if parsed.adapter is not None:
+        extra = resolve(parsed.adapter, parsed.adapter_revision, base_dir=base_dir)
+        adapter = open_adapter(extra.path, reference=reference, revision=extra.revision)
+    described = adapter.folder if adapter is not None else folder.path
+    scalar, sidecar = _open_precision(precision, described, base_dir)
+    return Input(reference, checkpoint, adapter, sidecar, scalar)
+
+
+def _open_precision(
+    precision: str | float | bool | None, described: Path, base_dir: Path
+) -> tuple[float | None, Sidecar | None]:
+    if precision is False:
+        return None, None
+    if isinstance(precision, int | float):
+        return float(precision), None
+    if precision is None:
+        found = find_sidecar(described)
+        return None, open_sidecar(found) if found is not None else None
+    for candidate in (Path(precision), base_dir / precision):
+        if candidate.exists():
+            return None, open_sidecar(candidate)
+    return None, open_sidecar(resolve(precision, None, base_dir=base_dir).path)
+
+
+def belongs(source: Input, base: Input | None) -> list[MergekitBayesError]:
+    """Every reason why the sidecar of `source` does not describe it, or describes it on another base."""
+    if source.sidecar is None:
+        return []
+    base_print = base.fingerprint if base is not None and base is not source and base.checkpoint is not None else None
+    found = check_sidecar(
+        source.sidecar,
+        mean_tensors=source.mean_tensors,
+        mean_fingerprint=source.fingerprint,
+        base_fingerprint=base_print,
+    )
+    return list(found)
+
+
+def flatten(error: MergekitBayesError) -> tuple[MergekitBayesError, ...]:
+    """The single problems inside an error."""
+    return error.problems if isinstance(error, PlanError) else (error,)

@@ -1,0 +1,100 @@
+"""From operands on disk to blocks in memory: the one place where a plan's byte ranges become tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.reader import BlockReader
+from mergekit_bayes.merge.blocks import Stored
+from mergekit_bayes.merge.checks import check_precision
+from mergekit_bayes.merge.lora import Factors, product_mean, product_variance
+from mergekit_bayes.merge.steps import LowRank, MergeStep, Operand
+
+
+class OperandReader:
+    """Reads operands, whole or in blocks.
+
+    Args:
+        reader: the open input files.
+        dtype: compute dtype.
+        device: where tensors are put.
+    """
+
+    def __init__(self, reader: BlockReader, dtype: torch.dtype, device: str) -> None:
+        self._reader = reader
+        self.dtype = dtype
+        self.device = device
+
+    def block(self, step: MergeStep, start: int, stop: int) -> tuple[Stored, list[Stored]]:
+        """Base and sources of one block.
+
+        Args:
+            step: the step; if an operand has a low-rank update, `start` and `stop` lie on row boundaries.
+            start: first element of the block.
+            stop: one past the last.
+
+        Raises:
+            NonPositivePrecisionError: a sidecar holds a precision that is not positive and finite.
+        """
+        base = self._stored(step.base, step, start, stop)
+        return base, [self._stored(source, step, start, stop) for source in step.sources]
+
+    def _stored(self, operand: Operand, step: MergeStep, start: int, stop: int) -> Stored:
+        if operand.mean is None:
+            mean = torch.zeros(stop - start, dtype=self.dtype, device=self.device)
+        else:
+            mean = self._reader.read_block(operand.mean, start, stop - start).to(self.device)
+        precision = self._precision(operand, start, stop)
+        if operand.low_rank is not None:
+            columns = step.shape[-1]
+            rows = slice(start // columns, stop // columns)
+            factors = _oriented(self.factors(operand.low_rank), operand.low_rank.transposed)
+            mean = mean.to(self.dtype) + product_mean(factors, rows).reshape(-1)
+            if precision is None:
+                precision = product_variance(factors, rows).reciprocal().reshape(-1)
+        assert precision is not None  # the plan gives every operand of a merge step a precision
+        return Stored(mean, precision, self._scalar(operand.divisor), self._scalar(operand.prior_share))
+
+    def _precision(self, operand: Operand, start: int, stop: int) -> Tensor | None:
+        if isinstance(operand.precision, TensorInfo):
+            block = self._reader.read_block(operand.precision, start, stop - start)
+            check_precision(block, operand.precision.name, str(operand.precision.path))
+            return block.to(self.device)
+        if operand.precision is None:
+            return None
+        return torch.tensor(operand.precision, dtype=self.dtype, device=self.device)
+
+    def _scalar(self, value: float | None) -> Tensor | None:
+        if value is None or value == 1.0:
+            return None
+        return torch.tensor(value, dtype=self.dtype, device=self.device)
+
+    def factors(self, low_rank: LowRank) -> Factors:
+        """Both factors of an update with the scaling folded into B, and their variances where a sidecar has them."""
+        scaling = low_rank.scaling
+        a, b = self.whole(low_rank.a), self.whole(low_rank.b) * scaling
+        if low_rank.precision_a is None or low_rank.precision_b is None:
+            return Factors(a, b)
+        variance_a = self.whole_precision(low_rank.precision_a).reciprocal()
+        variance_b = self.whole_precision(low_rank.precision_b).reciprocal() * scaling**2
+        return Factors(a, b, variance_a, variance_b)
+
+    def whole(self, tensor: TensorInfo) -> Tensor:
+        """A small tensor, whole, in the compute dtype."""
+        return self._reader.read_tensor(tensor).to(device=self.device, dtype=self.dtype)
+
+    def whole_precision(self, tensor: TensorInfo) -> Tensor:
+        """A small precision tensor, checked, in the compute dtype."""
+        stored = self._reader.read_tensor(tensor)
+        check_precision(stored.reshape(-1), tensor.name, str(tensor.path))
+        return stored.to(device=self.device, dtype=self.dtype)
+
+
+def _oriented(factors: Factors, transposed: bool) -> Factors:
+    """The factors of dW in the orientation of the stored weight: (B A)^T = A^T B^T."""
+    if not transposed:
+        return factors
+    turned = (None if v is None else v.T for v in (factors.variance_b, factors.variance_a))
+    return Factors(factors.b.T, factors.a.T, *turned)

@@ -1,0 +1,183 @@
+"""What an output says about itself: sidecar metadata, header strings, and the report.
+
+None of it holds a time, a host name or an absolute path that the recipe did not write: the same merge gives the same
+bytes on every machine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from mergekit_bayes.checkpoint.sidecar import SidecarMetadata
+from mergekit_bayes.merge.inputs import Input
+from mergekit_bayes.merge.setting import Setting
+from mergekit_bayes.merge.steps import CopyStep
+
+if TYPE_CHECKING:
+    from mergekit_bayes.merge.plan import MergePlan
+
+UNKNOWN_FINGERPRINT = "blake2b-16:" + "0" * 32
+"""Stands in a sidecar's header until the weights beside it are written; replaced byte for byte."""
+
+REPORT_NAME = "merge_report.json"
+
+
+def merged_metadata(setting: Setting) -> SidecarMetadata:
+    """Metadata of the merged sidecar: data scale (`sum`), with the prior of the merge."""
+    known = [source.sidecar.metadata for source in setting.sources if source.sidecar is not None]
+    units = {metadata.loss_unit for metadata in known}
+    scale = data_scale(setting)
+    prior = setting.scalar_prior if setting.needs_prior else None
+    return SidecarMetadata(
+        family="diagonal",
+        estimator="merged",
+        loss_unit=units.pop() if len(units) == 1 else None,
+        num_examples=_units(setting),
+        # In product space S_0 belongs to dW; what it means for the fitted factors is not a number.
+        prior_precision=prior * scale if prior is not None and setting.space != "product" else None,
+        prior_mean="base" if setting.space == "full" else "zero",
+        space="full" if setting.space == "full" else "factor",
+        adapter_scaling=None if setting.space == "full" else 1.0,
+        base_model=setting.recipe.base_model,
+        base_fingerprint=_base_fingerprint(setting),
+        mean_fingerprint=UNKNOWN_FINGERPRINT,
+    )
+
+
+def data_scale(setting: Setting) -> float:
+    """Factor that brings merged precisions back to data scale: 1, or the merged number of units for `scale: mean`."""
+    return 1.0 if setting.recipe.scale == "sum" else float(_units(setting) or 1)
+
+
+def _units(setting: Setting) -> int | None:
+    """Training units behind the merged posterior: those of all sources together."""
+    counts = [source.sidecar.metadata.num_examples for source in setting.sources if source.sidecar is not None]
+    known = [count for count in counts if count]
+    return sum(known) if known and len(known) == len(counts) else None
+
+
+def _base_fingerprint(setting: Setting) -> str | None:
+    if setting.base is not None and setting.base.checkpoint is not None:
+        return setting.base.fingerprint
+    known = {source.sidecar.metadata.base_fingerprint for source in setting.sources if source.sidecar is not None}
+    return known.pop() if len(known) == 1 else None
+
+
+def metadata_strings(setting: Setting, *, space: str) -> dict[str, str]:
+    """Strings for the header of the output's weights; `format: pt` is what transformers insists on."""
+    strings = {"format": "pt"}
+    if space != "full":
+        content = {"base_fingerprint": _base_fingerprint(setting), "method": setting.method.name}
+        strings["mergekit_bayes"] = json.dumps(content, sort_keys=True)
+    return strings
+
+
+def report(plan: MergePlan, records: Mapping[str, Mapping[str, object]], options: Mapping[str, object]) -> str:
+    """The report as JSON text.
+
+    Args:
+        plan: the plan that was carried out.
+        records: what was measured, by step name.
+        options: the options that can change bytes.
+
+    Returns:
+        JSON with sorted keys.
+    """
+    copies = [step for step in plan.steps if isinstance(step, CopyStep)]
+    content = {
+        "format": "mergekit_bayes.merge_report",
+        "version": 1,
+        "method": {
+            "name": plan.method.name,
+            "paper": plan.method.paper,
+            "space": plan.space,
+            "scale": plan.recipe.scale,
+            "prior_precision": plan.prior,
+            "floor": plan.recipe.precision.floor,
+            "weights": _weights(plan),
+        },
+        "inputs": [_input(source, role) for source, role in _roles(plan)],
+        "tensors": {
+            "merged": len(plan.steps) - len(copies),
+            "copied": {step.name: step.reason for step in copies},
+            "notes": list(plan.notes),
+        },
+        "mismatch": _mismatch(plan, records),
+        "layers": _measurements(records),
+        "seed": plan.recipe.seed,
+        "options": dict(options),
+        "versions": _versions(),
+    }
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
+def _roles(plan: MergePlan) -> list[tuple[Input, str]]:
+    base = [(plan.base, "base")] if plan.base is not None else []
+    return [*base, *((source, "source") for source in plan.sources)]
+
+
+def _input(source: Input, role: str) -> dict[str, object]:
+    sidecar = source.sidecar
+    return {
+        "role": role,
+        "reference": source.label,
+        "revision": source.revision,
+        "fingerprint": source.fingerprint,
+        "precision": source.scalar_precision if sidecar is None else json.loads(sidecar.metadata.to_json()),
+    }
+
+
+def _weights(plan: MergePlan) -> dict[str, object]:
+    """Effective weights by source where they are the same for every tensor, else by tensor."""
+    steps = [step for step in plan.steps if not isinstance(step, CopyStep)]
+    found = {step.weights for step in steps}
+    if len(found) == 1 and len(steps[0].sources) == len(plan.sources):
+        return dict(zip((source.label for source in plan.sources), found.pop(), strict=True))
+    return {step.name: list(step.weights) for step in steps}
+
+
+def _mismatch(plan: MergePlan, records: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """Predicted loss increase per source, summed over its training units and per unit, in total and by layer."""
+    by_source: dict[str, dict[str, float]] = {}
+    for name in sorted(records):
+        gaps = records[name].get("mismatch")
+        for label, value in gaps.items() if isinstance(gaps, Mapping) else ():
+            by_source.setdefault(label, {})[name] = float(value)
+    result: dict[str, object] = {}
+    for source in plan.sources:
+        layers = by_source.get(source.label)
+        if layers:
+            total = sum(layers.values())
+            result[source.label] = {
+                "total": total,
+                "per_unit": _per_unit(source, total, plan),
+                "by_layer": layers,
+            }
+    return result
+
+
+def _measurements(records: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
+    """What was measured by layer, without the mismatch."""
+    kept = {name: {key: value for key, value in records[name].items() if key != "mismatch"} for name in sorted(records)}
+    return {name: record for name, record in kept.items() if record}
+
+
+def _per_unit(source: Input, total: float, plan: MergePlan) -> float | None:
+    if plan.recipe.scale == "mean":
+        return total
+    count = source.sidecar.metadata.num_examples if source.sidecar is not None else None
+    return total / count if count else None
+
+
+def _versions(names: Sequence[str] = ("mergekit-bayes", "torch", "safetensors")) -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found

@@ -1,0 +1,221 @@
+"""From a plan to a finished folder: shards, then everything around them, then one rename.
+
+Under `torchrun` or `accelerate launch` the shards are divided over the processes; the first process prepares the
+folder and publishes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit_bayes.checkpoint.output import OutputFolder
+from mergekit_bayes.errors import OutputError, RecipeError
+from mergekit_bayes.merge.finish import finish_folder
+from mergekit_bayes.merge.memory import BLOCK_BYTES
+from mergekit_bayes.merge.plan import MergePlan, plan_merge
+from mergekit_bayes.merge.processes import Processes
+from mergekit_bayes.merge.provenance import REPORT_NAME
+from mergekit_bayes.merge.schemas import method_schemas
+from mergekit_bayes.merge.steps import Unit
+from mergekit_bayes.recipe import load_recipe
+
+COMPILE_FROM_BYTES = 24 << 30
+"""From this much work on, fusing the arithmetic saves more time than the compiler takes."""
+
+PATIENCE = 600.0
+"""Seconds that a process waits for the leading one to prepare the output folder."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A finished merge.
+
+    Attributes:
+        folder: the output, loadable by `from_pretrained`.
+        report: the content of its report.
+    """
+
+    folder: Path
+    report: Mapping[str, Any]
+
+    def summary(self) -> str:
+        """What was written and what the merge is predicted to cost each source, for a terminal."""
+        tensors = self.report["tensors"]
+        lines = [f"{self.folder}: {tensors['merged']} tensors merged, {len(tensors['copied'])} copied"]
+        for label, gap in self.report["mismatch"].items():
+            unit = f" ({gap['per_unit']:.3g} per training unit)" if gap["per_unit"] is not None else ""
+            lines.append(f"  predicted loss increase of {label}: {gap['total']:.4g}{unit}")
+        lines += [f"  note: {note}" for note in tensors["notes"]]
+        return "\n".join(lines)
+
+
+def merge(
+    recipe: Path | str | Mapping[str, Any],
+    out: Path | str | None = None,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> MergeResult:
+    """Run a merge recipe.
+
+    Args:
+        recipe: path of a recipe, or its content as a dictionary.
+        out: output folder; wins over the recipe's `output.path`.
+        overwrite: replace an existing output folder, once the new one is complete.
+        device: where the arithmetic happens, "cpu" or a CUDA device.
+        threads: worker threads; None takes one per core, at most eight.
+
+    Returns:
+        The finished merge.
+
+    Raises:
+        RecipeError: the recipe cannot be read; every problem at once.
+        PlanError: recipe and inputs do not fit; every problem at once.
+        MergekitBayesError: illegal numbers, unreadable input, no space. Nothing existing was touched.
+    """
+    loaded = load_recipe(recipe, methods=method_schemas())
+    folder = None if isinstance(recipe, Mapping) else Path(recipe).resolve().parent
+    plan = plan_merge(loaded, None if out is None else Path(out), recipe_dir=folder)
+    return run_merge(plan, overwrite=overwrite, device=device, threads=threads)
+
+
+def run_merge(
+    plan: MergePlan,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    max_memory: int | None = None,
+    compile: bool | None = None,
+    progress: bool = False,
+) -> MergeResult:
+    """Carry out a plan.
+
+    Args:
+        plan: what to do.
+        overwrite: replace an existing output folder, once the new one is complete.
+        device: where the arithmetic happens.
+        threads: worker threads; None takes one per core, at most eight.
+        max_memory: bytes that blocks in flight may take; None for 16 MiB of input per worker.
+        compile: fuse the arithmetic with torch.compile; None decides by the amount of work.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The finished merge.
+
+    Raises:
+        MergekitBayesError: illegal numbers, unreadable input, no space, a folder in the way. Nothing existing was
+            touched, and a rerun continues from the shards that were finished.
+    """
+    if plan.out is None:
+        raise RecipeError("output.path: no output folder; name one in the recipe or after it on the command line")
+    processes = Processes.from_environment()
+    options = _options(plan, device, threads, max_memory, compile)
+    folder = OutputFolder(
+        plan.out,
+        overwrite=overwrite,
+        inputs=[path for source in plan.inputs for path in source.folders],
+        job=_job(plan, options.device, options.compile),
+        leader=processes.leader,
+    )
+    if processes.leader:
+        folder.check()
+    with processes.together(), folder:
+        if not processes.leader:
+            folder.wait_ready(PATIENCE)
+        records = _run_units(plan, folder, options, processes, progress=progress)
+        if not processes.leader:
+            return MergeResult(plan.out, {})
+        finish_folder(plan, folder.staging, records, {"compile": options.compile, "device": options.device})
+        text = (folder.staging / REPORT_NAME).read_text(encoding="utf-8")
+        folder.publish()
+    return MergeResult(plan.out, json.loads(text))
+
+
+def _files(unit: Unit) -> list[str]:
+    layouts = (unit.layout, unit.precision_layout)
+    return [layout.filename for layout in layouts if layout is not None]
+
+
+def _options(plan: MergePlan, device: str, threads: int | None, max_memory: int | None, compile: bool | None) -> Any:
+    from mergekit_bayes.merge.execute import Options
+
+    if device != "cpu":
+        _check_device(device)
+    work = plan.bytes_read + plan.bytes_written
+    chosen = compile if compile is not None else work >= COMPILE_FROM_BYTES and _has_compiler()
+    options = Options(device=device, threads=threads or 0, compile=chosen)
+    if max_memory is None:
+        return options
+    # A block's inputs, its results and the temporaries between take about three times the inputs.
+    return Options(device, threads or 0, min(BLOCK_BYTES, max_memory // (3 * options.workers)), chosen)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OutputError(
+            f"--device {device}: cannot be used ({str(error).splitlines()[0]}); expected cpu or cuda"
+        ) from error
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+
+
+def _job(plan: MergePlan, device: str, compile: bool) -> str:
+    text = json.dumps([plan.job, device, compile])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _run_units(
+    plan: MergePlan, folder: OutputFolder, options: Any, processes: Processes, *, progress: bool
+) -> dict[str, Any]:
+    from mergekit_bayes.merge.execute import Engine
+
+    records: dict[str, Any] = {}
+    mine = [unit for index, unit in enumerate(plan.units) if index % processes.count == processes.rank]
+    todo = [unit for unit in mine if folder.finished(unit.layout.filename) is None]
+    if processes.leader:
+        unfinished = [unit for unit in plan.units if folder.finished(unit.layout.filename) is None]
+        folder.require_space(sum(unit.bytes_written for unit in unfinished))
+    total = sum(unit.bytes_read + unit.bytes_written for unit in todo)
+    with _bar(total, show=progress and processes.leader) as advance:
+        engine = Engine(plan, options, progress=advance)
+        try:
+            for unit in todo:
+                record = engine.run_unit(unit, folder.staging)
+                folder.finish(unit.layout.filename, record, files=_files(unit))
+        finally:
+            engine.close()
+    processes.barrier()
+    for unit in plan.units:
+        records.update(folder.finished(unit.layout.filename) or {})
+    return records
+
+
+@contextmanager
+def _bar(total: int, *, show: bool) -> Iterator[Any]:
+    """A progress bar in bytes with rate and remaining time; `advance(bytes)` may be called from any thread."""
+    if not show:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = ("merging", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("merge", total=total)
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,289 @@
+"""What a recipe and its opened inputs amount to, before any step is laid out: method, weights, prior, dtypes.
+
+Every rule that a dense and an adapter merge share is here once: which weight a source has for a tensor, where the
+prior precision S_0 comes from, what a sidecar's numbers are divided by, in which dtype a tensor is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from mergekit_bayes.checkpoint.dtypes import DTYPES, dtype_named
+from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.errors import (
+    MergekitBayesError,
+    MethodError,
+    MissingInputError,
+    RecipeError,
+    ShapeMismatchError,
+)
+from mergekit_bayes.merge.inputs import Input
+from mergekit_bayes.merge.registry import MergeMethod
+from mergekit_bayes.merge.steps import LowRank, Operand
+from mergekit_bayes.recipe import MergeRecipe
+
+MERGEABLE = ("BF16", "F16", "F32", "F64")
+"""Dtypes whose values are weights; every other dtype is copied and must agree."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe with its inputs.
+
+    Attributes:
+        recipe: the validated recipe.
+        method: its merge method.
+        base: the opened base, or None where the recipe names none.
+        sources: the opened sources, in the order of the recipe.
+        space: "full", "product" or "factor".
+        indices: for each source, its index in `recipe.models`.
+        problems: filled while planning; a plan exists only if it stays empty.
+        notes: things the user should know that are no errors.
+    """
+
+    recipe: MergeRecipe
+    method: MergeMethod
+    base: Input | None
+    sources: tuple[Input, ...]
+    space: str
+    indices: tuple[int, ...]
+    problems: list[MergekitBayesError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def needs_prior(self) -> bool:
+        """Whether the method uses the prior precision S_0."""
+        return self.method.prior == "required"
+
+    @property
+    def uses_precision(self) -> bool:
+        """Whether the method uses the precisions of the sources."""
+        return self.method.precision != "unused"
+
+    def weights_at(self, name: str, position: float) -> tuple[float, ...]:
+        """Effective weight of every source for one tensor.
+
+        Args:
+            name: name of the tensor in the base, which filters look at.
+            position: its layer position in [0, 1], which gradient lists are read at.
+
+        Raises:
+            MethodError: weights or parameters the method cannot use.
+            RecipeError: a source has no weight for this tensor.
+        """
+        recipe = self.recipe
+        weights = []
+        for index in self.indices:
+            weight = recipe.setting("weight", tensor_name=name, t=position, source=index)
+            if weight is None:
+                path = ("models", index, "parameters", "weight")
+                raise RecipeError(recipe.describe(path, f"no filter gives tensor {name} a weight."))
+            weights.append(float(weight))
+        parameters = {
+            key: recipe.setting(key, tensor_name=name, t=position) for key in recipe.parameters if key != "weight"
+        }
+        try:
+            return self.method.effective_weights(weights, {k: v for k, v in parameters.items() if v is not None})
+        except MethodError as error:
+            raise MethodError(f"{name}: {error}") from error
+
+    def try_weights(self, name: str, position: float) -> tuple[float, ...] | None:
+        """`weights_at`, with a failure added to the problems instead of raised."""
+        try:
+            return self.weights_at(name, position)
+        except MergekitBayesError as error:
+            self.problems.append(error)
+            return None
+
+    @cached_property
+    def divisors(self) -> Mapping[str, float]:
+        """What the sidecar values of each input are divided by: 1, or its training units for `scale: mean`."""
+        return {source.label: self._divisor(source) for source in self._inputs_with_sidecar}
+
+    @property
+    def _inputs_with_sidecar(self) -> tuple[Input, ...]:
+        inputs = (*self.sources, self.base) if self.base is not None else self.sources
+        return tuple(source for source in inputs if source.sidecar is not None)
+
+    def _divisor(self, source: Input) -> float:
+        if self.recipe.scale == "sum" or source.sidecar is None:
+            return 1.0
+        units = source.sidecar.metadata.num_examples
+        if not units:
+            self.problems.append(
+                MissingInputError(
+                    f"{source.sidecar.path}: num_examples is not recorded, so its precision cannot be converted to "
+                    "scale: mean; expected the number of training units, or use scale: sum"
+                )
+            )
+            return 1.0
+        return float(units)
+
+    @cached_property
+    def scalar_prior(self) -> float | None:
+        """S_0 as a scalar: from the recipe, or what the metadata of all sidecars agree on; None where it is a tensor.
+
+        In product space a sidecar's prior belongs to the factors, not to dW, so only the recipe can give S_0 there.
+        """
+        if not self.needs_prior:
+            return 1.0
+        if self.base is not None and self.base.scalar_precision is not None:
+            return self.base.scalar_precision
+        if isinstance(self.recipe.precision.prior, int | float):
+            return float(self.recipe.precision.prior)
+        if self.base is not None and self.base.sidecar is not None and self.space == "full":
+            return None
+        return self._agreed_prior()
+
+    def _agreed_prior(self) -> float | None:
+        known = {
+            source.label: source.sidecar.metadata.prior_precision / self.divisors[source.label]
+            for source in self.sources
+            if source.sidecar is not None and source.sidecar.metadata.prior_precision
+        }
+        values = sorted(set(known.values()))
+        usable = self.space != "product" and not any(
+            source.sidecar is not None and source.sidecar.metadata.space == "factor" and self.space == "full"
+            for source in self.sources
+        )
+        if usable and values and values[-1] <= values[0] * (1 + 1e-6):
+            return values[0]
+        seen = ", ".join(f"{label}: {value:.6g}" for label, value in known.items()) or "none recorded"
+        why = "" if usable else " (those belong to the LoRA factors, not to the merged weights)"
+        self.problems.append(
+            MissingInputError(
+                self.recipe.describe(
+                    ("precision", "prior"),
+                    f"{self.method.name} needs the prior precision S_0; the sidecars record {seen}{why}; "
+                    "expected a number, or a sidecar of the base",
+                )
+            )
+        )
+        return 1.0
+
+    def prior_precision(self, name: str) -> TensorInfo | float:
+        """S_0 of one tensor."""
+        if self.scalar_prior is not None:
+            return self.scalar_prior
+        assert self.base is not None  # scalar_prior is None only with a base that has a sidecar
+        assert self.base.sidecar is not None
+        tensor = self.base.sidecar.tensors.get(name)
+        if tensor is not None:
+            return tensor
+        fallback = self.base.sidecar.metadata.prior_precision
+        if fallback:
+            return fallback / self.divisors[self.base.label]
+        self.problems.append(
+            MissingInputError(
+                f"{self.base.sidecar.path}: no precision for {name}, and no prior_precision to fall back on"
+            )
+        )
+        return 1.0
+
+    def with_prior(self, operand: Operand, name: str) -> Operand:
+        """The operand with S_0 as its precision where it has none of its own."""
+        if operand.has_precision:
+            return operand
+        prior = self.prior_precision(name)
+        divisor = 1.0
+        if isinstance(prior, TensorInfo) and self.base is not None:
+            divisor = self.divisors[self.base.label]
+        return replace(operand, precision=prior, divisor=divisor)
+
+    def posterior_of(self, source: Input, operand: Operand, name: str) -> Operand | None:
+        """The operand with the precision that recipe and sidecar give it.
+
+        Args:
+            source: the input it belongs to.
+            operand: mean and low-rank update, without precisions.
+            name: name of the dense tensor in the sidecar.
+
+        Returns:
+            The operand; None where the method needs a precision and there is none. A tensor that a sidecar leaves
+            out, and every tensor of a source without a sidecar where the method allows one, has the prior's.
+        """
+        if not self.uses_precision:
+            return replace(operand, precision=1.0)
+        if source.scalar_precision is not None:
+            return replace(operand, precision=source.scalar_precision)
+        if source.sidecar is not None:
+            tensors, divisor = source.sidecar.tensors, self.divisors[source.label]
+            if name in tensors:
+                share = self.prior_share(source)
+                return replace(operand, precision=tensors[name], divisor=divisor, prior_share=share)
+            low_rank = _with_factor_precisions(operand.low_rank, tensors)
+            if low_rank is not None:
+                share = self.prior_share(source) if self.space == "factor" else None
+                return replace(operand, low_rank=low_rank, divisor=divisor, prior_share=share)
+        if self.needs_prior and (source.sidecar is not None or self.method.precision == "optional"):
+            return self.with_prior(operand, name)
+        return None
+
+    def no_precision(self, source: Input, name: str) -> MissingInputError:
+        """The refusal of a source whose precision the method needs."""
+        seen = "no sidecar" if source.sidecar is None else f"{source.sidecar.path.name} has none"
+        return MissingInputError(
+            f"{source.label}: no precision for {name} ({seen}); {self.method.name} needs one for every source; "
+            "add `precision:` to this source, or use a method without precisions (linear, task_arithmetic)"
+        )
+
+    def prior_share(self, source: Input) -> float | None:
+        """The prior that the sidecar of `source` contains and that has to be exchanged for S_0, or None."""
+        if not self.needs_prior or source.sidecar is None or not source.sidecar.metadata.prior_precision:
+            return None
+        share = source.sidecar.metadata.prior_precision / self.divisors[source.label]
+        return None if share == self.scalar_prior else share
+
+    def output_dtype(self, name: str, stored: TensorInfo, others: Mapping[str, TensorInfo]) -> str:
+        """Dtype a merged tensor is written in: `out_dtype`, else `dtype`, else the one all inputs share."""
+        asked = self.recipe.out_dtype or self.recipe.dtype
+        if asked is not None:
+            return dtype_named(asked)
+        different = {label: tensor.dtype for label, tensor in others.items() if tensor.dtype != stored.dtype}
+        if different:
+            seen = ", ".join(f"{dtype} in {label}" for label, dtype in different.items())
+            self.problems.append(
+                ShapeMismatchError(
+                    f"{name}: dtype {stored.dtype} at {stored.path.name}, but {seen}; "
+                    "expected one dtype, or `out_dtype` in the recipe"
+                )
+            )
+        return stored.dtype
+
+    @property
+    def precision_dtype(self) -> str | None:
+        """Dtype of the merged sidecar, or None where none is written."""
+        asked = self.recipe.output.precision
+        if asked is False or not self.uses_precision:
+            return None
+        if not any(source.sidecar is not None or source.scalar_precision is not None for source in self.sources):
+            return None
+        return dtype_named(asked)
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype of the arithmetic: "F64" where the recipe asks for float64 anywhere, else "F32"."""
+        return "F64" if "float64" in (self.recipe.dtype, self.recipe.out_dtype) else "F32"
+
+
+def _with_factor_precisions(low_rank: LowRank | None, tensors: Mapping[str, TensorInfo]) -> LowRank | None:
+    if low_rank is None or low_rank.a.name not in tensors or low_rank.b.name not in tensors:
+        return None
+    return replace(low_rank, precision_a=tensors[low_rank.a.name], precision_b=tensors[low_rank.b.name])
+
+
+def mergeable(tensor: TensorInfo) -> bool:
+    """Whether the values of a tensor are weights (a floating dtype of at least 16 bits)."""
+    return tensor.dtype in MERGEABLE
+
+
+def check_dtype(name: str, tensor: TensorInfo) -> ShapeMismatchError | None:
+    """The refusal of a dtype that only makes sense together with scales (fp8, fp4), or None."""
+    if DTYPES[tensor.dtype].floating and not mergeable(tensor):
+        return ShapeMismatchError(
+            f"{tensor.path}: {name} is stored as {tensor.dtype}; expected one of {', '.join(MERGEABLE)}; "
+            "dequantise the checkpoint first"
+        )
+    return None

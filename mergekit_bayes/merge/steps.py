@@ -1,0 +1,256 @@
+"""What a plan is made of: plain, frozen data that says which bytes become which bytes.
+
+An `Operand` is one posterior of one tensor as it lies on disk; a step turns operands into output tensors:
+
+    MergeStep    elementwise, streamed in blocks: dense weights, modules that an adapter saved whole
+    CopyStep     bytes that every input must share: non-float tensors, weights that no source touches
+    ModuleStep   one adapted linear layer, adapter in and adapter out: stack, product or factor (see `lora`)
+
+Nothing here opens a file or imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.writer import ShardLayout, TensorEntry
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A LoRA update dW = scaling * B @ A on disk, with the precisions of its factors where a sidecar has them.
+
+    Attributes:
+        a: factor A, shape (rank, in_features).
+        b: factor B, shape (out_features, rank).
+        scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+        transposed: the base weight is stored as (in_features, out_features), so dW is added transposed.
+        precision_a: precision of A, shape of A, or None.
+        precision_b: precision of B, shape of B, or None.
+    """
+
+    a: TensorInfo
+    b: TensorInfo
+    scaling: float
+    transposed: bool = False
+    precision_a: TensorInfo | None = None
+    precision_b: TensorInfo | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of A."""
+        return self.a.shape[0]
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Every tensor that has to be read."""
+        found = (self.a, self.b, self.precision_a, self.precision_b)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One posterior of one tensor: mean = `mean` + dW of `low_rank`, with its precision.
+
+    Attributes:
+        label: the input it belongs to, as messages and the report name it.
+        mean: the dense mean; None stands for zeros.
+        low_rank: an update added to the mean, or None.
+        precision: a sidecar's tensor, a scalar, or None where only factor precisions or nothing is known.
+        divisor: what every precision read from a sidecar is divided by (the number of training units for
+            `scale: mean`, else 1).
+        prior_share: the prior precision S_0t that the sidecar's values contain, already divided by `divisor`;
+            the executor replaces it by the merge's common prior, S_t <- S_t - S_0t + S_0. None: nothing to replace.
+    """
+
+    label: str
+    mean: TensorInfo | None
+    low_rank: LowRank | None = None
+    precision: TensorInfo | float | None = None
+    divisor: float = 1.0
+    prior_share: float | None = None
+
+    @property
+    def has_precision(self) -> bool:
+        """Whether any precision is known for this operand."""
+        return self.precision is not None or (self.low_rank is not None and self.low_rank.precision_a is not None)
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Every tensor that has to be read, in a fixed order."""
+        dense = tuple(tensor for tensor in (self.mean, self.precision) if isinstance(tensor, TensorInfo))
+        return dense + (self.low_rank.tensors if self.low_rank is not None else ())
+
+
+@dataclass(frozen=True)
+class MergeStep:
+    """Merge one dense tensor, elementwise.
+
+    Attributes:
+        name: name of the output tensor.
+        shape: its shape.
+        dtype: safetensors dtype it is written in.
+        precision_dtype: safetensors dtype of its merged precision, or None when none is written.
+        base: the shared base and prior precision S_0.
+        sources: the task posteriors, in the order of the recipe.
+        weights: one effective weight per source.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    precision_dtype: str | None
+    base: Operand
+    sources: tuple[Operand, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The tensors this step writes to the checkpoint."""
+        return (TensorEntry(self.name, self.dtype, self.shape),)
+
+    @property
+    def precision_entries(self) -> tuple[TensorEntry, ...]:
+        """The tensors this step writes to the sidecar."""
+        if self.precision_dtype is None:
+            return ()
+        return (TensorEntry(self.name, self.precision_dtype, self.shape),)
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Every tensor that has to be read."""
+        return self.base.tensors + tuple(tensor for source in self.sources for tensor in source.tensors)
+
+
+@dataclass(frozen=True)
+class CopyStep:
+    """Copy one tensor; every tensor in `agree` must hold the same bytes.
+
+    Attributes:
+        name: name of the output tensor.
+        dtype: safetensors dtype it is written in; differs from the input's only between floating dtypes.
+        tensor: where it is copied from.
+        agree: the same tensor in the other inputs, with their labels.
+        reason: why it is not merged, for the plan and the report.
+    """
+
+    name: str
+    dtype: str
+    tensor: TensorInfo
+    agree: tuple[tuple[str, TensorInfo], ...]
+    reason: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return self.tensor.shape
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The tensors this step writes to the checkpoint."""
+        return (TensorEntry(self.name, self.dtype, self.shape),)
+
+    @property
+    def precision_entries(self) -> tuple[TensorEntry, ...]:
+        """A copied tensor has no precision of its own."""
+        return ()
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Every tensor that has to be read."""
+        return (self.tensor, *(tensor for _, tensor in self.agree))
+
+
+@dataclass(frozen=True)
+class ModuleStep:
+    """Merge one adapted layer into one pair of LoRA factors with scaling 1.
+
+    Attributes:
+        name: path of the module in the base model.
+        mode: "stack" (exact, the ranks add up), "product" (dW merged, then truncated) or "factor" (A with A, B with B).
+        a_name: name of factor A in the output adapter.
+        b_name: name of factor B.
+        in_features: columns of dW.
+        out_features: rows of dW.
+        rank: rows of the written A, padded with zeros where the update needs fewer.
+        truncate: number of singular directions kept, or None where nothing is cut off.
+        dtype: safetensors dtype the factors are written in.
+        precision_dtype: dtype of their precisions, or None when none is written.
+        base: the prior, mean zero.
+        sources: one operand per source, low rank; None where an adapter leaves this module alone.
+        weights: one effective weight per source.
+    """
+
+    name: str
+    mode: str
+    a_name: str
+    b_name: str
+    in_features: int
+    out_features: int
+    rank: int
+    truncate: int | None
+    dtype: str
+    precision_dtype: str | None
+    base: Operand
+    sources: tuple[Operand | None, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the written A and B."""
+        return (self.rank, self.in_features), (self.out_features, self.rank)
+
+    @property
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """The tensors this step writes to the adapter."""
+        shape_a, shape_b = self.shapes
+        return (TensorEntry(self.a_name, self.dtype, shape_a), TensorEntry(self.b_name, self.dtype, shape_b))
+
+    @property
+    def precision_entries(self) -> tuple[TensorEntry, ...]:
+        """The tensors this step writes to the sidecar."""
+        if self.precision_dtype is None:
+            return ()
+        shape_a, shape_b = self.shapes
+        kind = self.precision_dtype
+        return (TensorEntry(self.a_name, kind, shape_a), TensorEntry(self.b_name, kind, shape_b))
+
+    @property
+    def inputs(self) -> tuple[TensorInfo, ...]:
+        """Every tensor that has to be read."""
+        return tuple(tensor for source in self.sources if source is not None for tensor in source.tensors)
+
+
+Step = MergeStep | CopyStep | ModuleStep
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The steps of one output shard and of the sidecar shard beside it: what is finished, resumed or redone together.
+
+    Attributes:
+        steps: in output order.
+        layout: the checkpoint shard.
+        precision_layout: the sidecar shard, or None when no step of the unit has a precision.
+    """
+
+    steps: tuple[Step, ...]
+    layout: ShardLayout
+    precision_layout: ShardLayout | None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes the unit reads."""
+        return sum(tensor.nbytes for step in self.steps for tensor in step.inputs)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes the unit writes."""
+        return self.layout.nbytes + (self.precision_layout.nbytes if self.precision_layout is not None else 0)
