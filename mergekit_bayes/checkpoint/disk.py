@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mergekit_bayes.checkpoint.files import shown
 from mergekit_bayes.errors import OutputError
 
 _REMEDY = {
@@ -56,7 +57,7 @@ def output_error(error: OSError, path: Path, action: str, *, needed: int | None 
         action: what was being done to it, e.g. "write".
         needed: size in bytes the file was to have, where that matters.
     """
-    parts = [f"{path}: cannot {action}: {error.strerror or error}"]
+    parts = [f"{shown(path)}: cannot {action}: {error.strerror or error}"]
     if needed is not None:
         parts.append(f"{format_bytes(needed)} needed")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -134,7 +135,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         OutputError: the file cannot be written; what stood at `path` is untouched.
     """
     with disk_errors(path, "write", needed=len(data)):
-        fresh = path.with_name(f".{path.name[:64]}.{os.getpid()}.{threading.get_ident()}.new")
+        fresh = path.with_name(f".{path.name[:32]}.{os.getpid()}.{threading.get_ident()}.new")
         try:
             descriptor = create_file(fresh)
             try:

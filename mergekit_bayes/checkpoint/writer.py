@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from mergekit_bayes.checkpoint.disk import create_file, disk_errors, sync_folder, write_all
 from mergekit_bayes.checkpoint.dtypes import torch_dtype
+from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.checkpoint.layout import (
     MAX_HEADER_BYTES,
     ShardLayout,
@@ -91,9 +92,7 @@ class ShardWriter:
         first = start * entry.itemsize
         with self._lock:
             if start < 0 or first + len(data) > entry.nbytes:
-                raise ValueError(
-                    f"{name}: {len(data)} bytes from byte {first} do not fit into {entry.nbytes} bytes"
-                )
+                raise ValueError(f"{name}: {len(data)} bytes from byte {first} do not fit into {entry.nbytes} bytes")
             if not self._claimed[name].claim(first, first + len(data)):
                 raise ValueError(f"{name}: some of bytes {first} to {first + len(data)} were written before")
         offset = len(self.layout.header) + self.layout.offsets[name] + first
@@ -115,7 +114,7 @@ class ShardWriter:
                 if self._written[entry.name] != entry.nbytes
             ]
             if missing:
-                raise OutputError(f"{self.path}: not everything was written: {', '.join(missing)}")
+                raise OutputError(f"{shown(self.path)}: not everything was written: {listed(missing)}")
             with disk_errors(self.path, "synchronise", needed=self.layout.nbytes):
                 os.fsync(self._open_descriptor())
                 sync_folder(self.path.parent)

@@ -1,0 +1,218 @@
+"""One output folder: refused before any work or published whole, whatever happens in between."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from mergekit_bayes.checkpoint.disk import disk_errors, format_bytes, free_bytes, nearest_existing
+from mergekit_bayes.checkpoint.files import shown
+from mergekit_bayes.checkpoint.journal import Record
+from mergekit_bayes.checkpoint.placement import check_placement, resolve_target
+from mergekit_bayes.checkpoint.work import WorkFolder
+from mergekit_bayes.errors import MergekitBayesError, OutputError
+
+_POLL = 0.05  # seconds between two looks at what another process has done
+
+
+class OutputFolder:
+    """The folder a merge writes to; a context manager around the work.
+
+    Files are written to `staging`, beside the target; `publish` puts them in place with a rename. Leaving the
+    context without it keeps what was finished, so that the same job can continue later. Only an error that
+    the same job would meet again (one of this library's other than `OutputError`) throws it away.
+
+    Several processes may share one output: the leader alone locks, clears and publishes; the others call
+    `wait_ready` first.
+
+    Args:
+        path: the folder to publish; it and its parents need not exist, symbolic links are followed.
+        overwrite: whether everything in a folder that is not empty may be replaced.
+        inputs: files and folders the merge reads; the output may neither contain nor lie inside one.
+        job: identity of the merge; must differ wherever the bytes to be written could.
+        leader: whether this process is the one that prepares and publishes.
+
+    Raises:
+        OutputError: the path can never be an output folder.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool, inputs: Sequence[Path], job: str, leader: bool = True) -> None:
+        self.target = resolve_target(path)
+        self.overwrite = overwrite
+        self.inputs = tuple(inputs)
+        self.job = job
+        self.leader = leader
+        self._work = WorkFolder(self.target)
+        self._made: list[Path] = []
+
+    @property
+    def staging(self) -> Path:
+        """The folder whose files will be published; it exists inside the context."""
+        return self._work.staging
+
+    def check(self) -> None:
+        """Refuse, before any work and without touching anything, a folder that must not or cannot be written.
+
+        Raises:
+            OutputError: it is a file, not empty (unless `overwrite`), a mounted disk, a git repository or the
+                current folder; it is, contains or lies inside an input; its parent cannot be written to; or
+                something that is not ours stands where the working folder goes.
+        """
+        check_placement(self.target, overwrite=self.overwrite, inputs=self.inputs)
+
+    def recover(self) -> None:
+        """Finish or undo a publication of any earlier job that was interrupted; nothing to do is fine.
+
+        Entering the context does this too. Called before `check`, it spares a user whose machine stopped
+        while an old output was being replaced from seeing neither.
+
+        Raises:
+            OutputError: another process is working there, or the disk failed.
+        """
+        if not self._work.exists():
+            return
+        self._work.lock.acquire()
+        try:
+            self._work.recover()
+            if not self._work.staging.exists():
+                with disk_errors(self._work.path, "remove"):
+                    self._work.remove()
+        finally:
+            self._work.lock.release()
+
+    def require_space(self, nbytes: int) -> None:
+        """Refuse to start what the disk cannot hold; inside the context, where stale files are gone.
+
+        Args:
+            nbytes: bytes still to be written, without those of finished items.
+
+        Raises:
+            OutputError: fewer bytes are free.
+        """
+        with disk_errors(self.target, "measure free space"):
+            free = free_bytes(self.target)
+        if nbytes > free:
+            raise OutputError(
+                f"{shown(self.target)}: {format_bytes(nbytes)} needed, {format_bytes(free)} free on the disk "
+                f"of {shown(nearest_existing(self.target))}; free some space or write to another disk"
+            )
+
+    def __enter__(self) -> Self:
+        if not self.leader:
+            return self
+        self.recover()
+        self.check()
+        try:
+            self._make_parents()
+            self._work.lock.acquire()
+            self._work.recover()
+            self.check()
+            self._work.prepare(self.job)
+        except BaseException:
+            self._leave(keep=True)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        hopeless = isinstance(error, MergekitBayesError) and not isinstance(error, OutputError)
+        self._leave(keep=not hopeless)
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait, in a process that is not the leader, until the leader has prepared the staging folder.
+
+        Args:
+            timeout: longest wait in seconds.
+
+        Raises:
+            OutputError: the leader was not ready in time.
+        """
+        self._wait(lambda: self._work.is_ready(self.job), time.monotonic() + timeout, "the leading process")
+
+    def finished(self, item: str) -> Record | None:
+        """What `finish` was told about `item`, by any process in any run of this job; None if not done."""
+        return self._work.journal.get(item)
+
+    def finish(self, item: str, record: Record, *, files: Sequence[str] | None = None) -> None:
+        """Remember for good that `item` is done; a later run of the same job need not repeat it.
+
+        Args:
+            item: any name; usually that of a file in the staging folder.
+            record: what `finished` shall return; anything JSON can hold.
+            files: names of the item's files in the staging folder, by default the one called `item`, if there
+                is one. When an interrupted job continues, files of no finished item are deleted.
+
+        Raises:
+            OutputError: a file is missing or the disk failed.
+        """
+        if files is None:
+            files = (item,) if (self.staging / item).is_file() else ()
+        self._work.journal.add(item, record, files)
+
+    def wait_finished(self, items: Iterable[str], timeout: float) -> None:
+        """Wait until every one of `items` is finished, by whichever process.
+
+        Args:
+            items: names as given to `finish`.
+            timeout: longest wait in seconds, for all of them.
+
+        Raises:
+            OutputError: some were not finished in time; the message names the first.
+        """
+        deadline = time.monotonic() + timeout
+        for item in items:
+            self._wait(self._finisher(item), deadline, f"`{shown(item)}` of another process")
+
+    def publish(self) -> None:
+        """Put the staged files in place, as the only content of the target, and remove the working folder.
+
+        Raises:
+            OutputError: the disk failed, or the target is no longer what it was when checked; everything
+                staged is kept for another try.
+        """
+        if not self._work.lock.acquired:
+            raise ValueError("only the leader can publish, once, and inside the context")
+        with disk_errors(self.target, "publish"):
+            self._work.publish(overwrite=self.overwrite)
+        try:
+            self._work.recover()
+            self._work.remove()
+        except (OSError, OutputError) as error:
+            # The output is complete: only rubbish is left, and the next run to this folder removes it.
+            warnings.warn(f"{shown(self._work.path)} cannot be removed: {error}", stacklevel=2)
+
+    def _make_parents(self) -> None:
+        with disk_errors(self.target.parent, "create"):
+            for folder in reversed((self.target.parent, *self.target.parent.parents)):
+                if not folder.exists():
+                    folder.mkdir(exist_ok=True)
+                    self._made.append(folder)
+
+    def _leave(self, *, keep: bool) -> None:
+        """Let the working folder go, kept only if there is something in it worth continuing from."""
+        # What cannot be deleted now is deleted by the next run; an error that led here matters more.
+        with suppress(OSError, OutputError):
+            if self._work.lock.acquired:
+                self._work.recover()
+                if keep and self._work.journal:
+                    self._work.suspend()
+                else:
+                    self._work.remove()
+            for folder in reversed(self._made):
+                folder.rmdir()
+        self._work.lock.release()
+
+    def _finisher(self, item: str) -> Callable[[], bool]:
+        return lambda: self.finished(item) is not None
+
+    def _wait(self, done: Callable[[], bool], deadline: float, what: str) -> None:
+        while not done():
+            if time.monotonic() > deadline:
+                raise OutputError(f"{shown(self.target)}: gave up waiting for {what}, which may have failed")
+            time.sleep(_POLL)
