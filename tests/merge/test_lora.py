@@ -1,0 +1,165 @@
+"""LoRA arithmetic against brute force, Monte Carlo and dense linear algebra."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mergekit_bayes.merge import lora
+from mergekit_bayes.merge.lora import Factors
+
+
+def _factors(
+    seed: int, rows: int = 7, columns: int = 9, rank: int = 3, *, dtype: torch.dtype = torch.float64
+) -> Factors:
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, columns, generator=g, dtype=dtype)
+    b = torch.randn(rows, rank, generator=g, dtype=dtype)
+    variance_a = torch.rand(rank, columns, generator=g, dtype=dtype) + 0.05
+    variance_b = torch.rand(rows, rank, generator=g, dtype=dtype) + 0.05
+    return Factors(a, b, variance_a, variance_b)
+
+
+def test_the_variance_of_the_product_is_the_sum_over_ranks_entry_by_entry() -> None:
+    f = _factors(0)
+    assert f.variance_a is not None
+    assert f.variance_b is not None
+    expected = torch.zeros(7, 9, dtype=torch.float64)
+    for i in range(7):
+        for j in range(9):
+            for k in range(3):
+                va, vb = float(f.variance_a[k, j]), float(f.variance_b[i, k])
+                expected[i, j] += float(f.b[i, k]) ** 2 * va + float(f.a[k, j]) ** 2 * vb + va * vb
+    torch.testing.assert_close(lora.product_variance(f, slice(None)), expected, rtol=1e-13, atol=0)
+
+
+def test_the_variance_of_the_product_is_what_sampling_the_factors_gives() -> None:
+    f = _factors(1, rows=3, columns=4, rank=2)
+    assert f.variance_a is not None
+    assert f.variance_b is not None
+    g = torch.Generator().manual_seed(2)
+    draws = 200_000
+    a = f.a + f.variance_a.sqrt() * torch.randn(draws, *f.a.shape, generator=g, dtype=torch.float64)
+    b = f.b + f.variance_b.sqrt() * torch.randn(draws, *f.b.shape, generator=g, dtype=torch.float64)
+    products = b @ a
+    torch.testing.assert_close(products.mean(0), lora.product_mean(f, slice(None)), rtol=0, atol=0.03)
+    torch.testing.assert_close(products.var(0), lora.product_variance(f, slice(None)), rtol=0.03, atol=0)
+
+
+def test_rows_of_mean_and_variance_are_those_of_the_whole() -> None:
+    f, rows = _factors(3), slice(2, 5)
+    torch.testing.assert_close(lora.product_mean(f, rows), (f.b @ f.a)[rows])
+    torch.testing.assert_close(lora.product_variance(f, rows), lora.product_variance(f, slice(None))[rows])
+
+
+def test_factors_without_variances_have_no_product_variance() -> None:
+    f = _factors(4)
+    with pytest.raises(ValueError, match="no variances"):
+        lora.product_variance(Factors(f.a, f.b), slice(None))
+
+
+def test_a_stack_is_the_exact_weighted_sum_whatever_the_ranks_and_signs() -> None:
+    updates = [_factors(5, rank=2), _factors(6, rank=4), _factors(7, rank=1)]
+    wanted = [0.3, -1.5, 2.0]
+    stacked = lora.stack(updates, wanted)
+    expected = sum((c * (u.b @ u.a) for c, u in zip(wanted, updates, strict=True)), torch.zeros(7, 9).double())
+    assert stacked.a.shape == (7, 9)
+    torch.testing.assert_close(stacked.b @ stacked.a, expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 6, 99])
+def test_truncated_factors_are_the_best_low_rank_approximation(rank: int) -> None:
+    f = _factors(8, rank=6)
+    kept = lora.truncate_factors(f, rank)
+    u, sigma, vh = torch.linalg.svd(f.b @ f.a, full_matrices=False)
+    keep = min(rank, 6)
+    torch.testing.assert_close(kept.b @ kept.a, (u[:, :keep] * sigma[:keep]) @ vh[:keep], rtol=1e-10, atol=1e-10)
+    lost = 1 - float(sigma[:keep].square().sum() / sigma.square().sum())
+    assert kept.lost_energy == pytest.approx(lost, abs=1e-12)
+
+
+@pytest.mark.parametrize("exact_side", [1024, 4])
+def test_a_dense_update_is_truncated_to_what_svd_keeps(exact_side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "EXACT_SVD_SIDE", exact_side)
+    g = torch.Generator().manual_seed(9)
+    left, _ = torch.linalg.qr(torch.randn(60, 40, generator=g, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(40, 40, generator=g, dtype=torch.float64))
+    sigma = 2.0 ** -torch.arange(40, dtype=torch.float64)
+    update = (left * sigma) @ right.T
+    kept = lora.truncate_dense(update, 5, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(kept.b @ kept.a, (left[:, :5] * sigma[:5]) @ right.T[:5], rtol=0, atol=1e-9)
+    assert kept.lost_energy == pytest.approx(1 - float(sigma[:5].square().sum() / sigma.square().sum()), rel=1e-6)
+
+
+def test_the_lost_energy_of_the_randomised_truncation_is_that_of_its_own_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lora, "EXACT_SVD_SIDE", 4)
+    update = torch.randn(50, 30, generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    kept = lora.truncate_dense(update, 6, torch.Generator().manual_seed(1))
+    residual = torch.linalg.norm(update - kept.b @ kept.a) ** 2 / torch.linalg.norm(update) ** 2
+    assert kept.lost_energy == pytest.approx(float(residual), rel=1e-6)
+    again = lora.truncate_dense(update, 6, torch.Generator().manual_seed(1))
+    assert torch.equal(kept.a, again.a)
+
+
+def test_nothing_is_lost_of_nothing() -> None:
+    zero = torch.zeros(5, 6)
+    assert lora.truncate_dense(zero, 2, torch.Generator()).lost_energy == 0.0
+    assert lora.truncate_factors(Factors(torch.zeros(2, 6), torch.zeros(5, 2)), 1).lost_energy == 0.0
+
+
+def test_the_relative_difference_is_that_of_the_dense_products() -> None:
+    first, second = _factors(11, rank=2), _factors(12, rank=5)
+    dense = torch.linalg.norm(first.b @ first.a - second.b @ second.a) / torch.linalg.norm(second.b @ second.a)
+    assert lora.relative_difference(first, second) == pytest.approx(float(dense), rel=1e-10)
+
+
+def test_the_relative_difference_to_nothing_is_zero_or_infinite() -> None:
+    zero = Factors(torch.zeros(2, 9).double(), torch.zeros(7, 2).double())
+    assert lora.relative_difference(zero, zero) == 0.0
+    assert math.isinf(lora.relative_difference(_factors(13), zero))
+
+
+def test_averaging_the_factors_of_independent_adapters_has_the_known_cross_terms() -> None:
+    updates = [_factors(20 + t, rows=200, columns=200, rank=16) for t in range(4)]
+    mean = Factors(sum(u.a for u in updates) / 4, sum(u.b for u in updates) / 4)  # type: ignore[arg-type]
+    exact = lora.stack(updates, [0.25] * 4)
+    # Plain averaging of both factors of T independent adapters: sqrt(1 - 1/T) of the exact mean, mostly shrinkage.
+    assert lora.relative_difference(mean, exact) == pytest.approx(math.sqrt(1 - 1 / 4), rel=0.05)
+
+
+def test_fitted_factor_variances_reproduce_a_variance_that_came_from_factors() -> None:
+    f = _factors(14, rows=30, columns=40, rank=3)
+    target = lora.product_variance(f, slice(None))
+    fitted, misfit = lora.fit_factor_variances(f.a, f.b, target, iterations=300)
+    assert misfit < 0.01
+    assert fitted.variance_a is not None
+    assert bool((fitted.variance_a > 0).all())
+    torch.testing.assert_close(lora.product_variance(fitted, slice(None)), target, rtol=0.2, atol=0)
+
+
+def test_every_sweep_of_the_fit_lowers_the_divergence() -> None:
+    g = torch.Generator().manual_seed(15)
+    f = _factors(16, rows=12, columns=10)
+    target = torch.rand(12, 10, generator=g, dtype=torch.float64) + 0.01
+    divergences = []
+    for sweeps in range(8):
+        fitted, _ = lora.fit_factor_variances(f.a, f.b, target, iterations=sweeps)
+        found = lora.product_variance(fitted, slice(None))
+        divergences.append(float((target * (target / found).log() - target + found).sum()))
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(divergences, divergences[1:], strict=False))
+    assert divergences[-1] < divergences[0]
+
+
+def test_the_fit_survives_directions_that_carry_nothing() -> None:
+    f = _factors(17)
+    a, b = f.a.clone(), f.b.clone()
+    a[1], b[:, 1] = 0.0, 0.0
+    fitted, _ = lora.fit_factor_variances(a, b, torch.full((7, 9), 0.3, dtype=torch.float64))
+    assert fitted.variance_a is not None
+    assert fitted.variance_b is not None
+    assert bool(torch.isfinite(fitted.variance_a).all())
+    assert bool((fitted.variance_b > 0).all())
