@@ -22,7 +22,7 @@ from mergekit_bayes.errors import (
     NumericalError,
     ShapeMismatchError,
 )
-from mergekit_bayes.posterior.family import Posterior, check_alike, richest
+from mergekit_bayes.posterior.family import Posterior, check_alike
 
 if TYPE_CHECKING:
     import torch
@@ -81,9 +81,7 @@ class Elementwise(Posterior):
     def check(self) -> Self:
         """Check the values and return the posterior itself; see `Posterior.check`."""
         if not self.mean.is_floating_point():
-            raise NumericalError(
-                f"{self.family} posterior: the mean is {self.mean.dtype}; it must be floating point"
-            )
+            raise NumericalError(f"{self.family} posterior: the mean is {self.mean.dtype}; it must be floating point")
         if self.mean.numel() == 0:
             return self
         # NaN passes through aminmax and fails every comparison; one pass where isfinite() takes two.
@@ -92,9 +90,7 @@ class Elementwise(Posterior):
             raise NonFiniteError(f"{self.family} mean: {_share(~self.mean.isfinite())} NaN or infinite")
         low, high = self.precision.aminmax()
         if not (low > -math.inf and high < math.inf):
-            raise NonFiniteError(
-                f"{self.family} precision: {_share(~self.precision.isfinite())} NaN or infinite"
-            )
+            raise NonFiniteError(f"{self.family} precision: {_share(~self.precision.isfinite())} NaN or infinite")
         if not low > 0:
             raise NonPositivePrecisionError(
                 f"{self.family} precision: {_share(self.precision <= 0)} zero or negative, "
@@ -139,9 +135,7 @@ class Elementwise(Posterior):
             ShapeMismatchError: x has another shape than the mean.
         """
         if x.shape != self.mean.shape:
-            raise ShapeMismatchError(
-                f"log_density: x has shape {tuple(x.shape)}, the mean {tuple(self.mean.shape)}"
-            )
+            raise ShapeMismatchError(f"log_density: x has shape {tuple(x.shape)}, the mean {tuple(self.mean.shape)}")
         squares = (x - self.mean).square() * self.precision
         return (self.precision.log() - math.log(2 * math.pi) - squares).sum() / 2
 
@@ -183,10 +177,9 @@ class Elementwise(Posterior):
 
     def _meet(self, other: Posterior) -> tuple[type[Elementwise], Elementwise]:
         """The richer family of the two, and `other` once it is known to describe the same tensor."""
-        check_alike((self, other))
-        family = richest((self, other))
-        assert issubclass(family, Elementwise)
-        return family, _elementwise(other)
+        partner = _elementwise(other)
+        check_alike((self, partner))
+        return (type(self) if self.richness >= partner.richness else type(partner)), partner
 
 
 def _weighted(source: Posterior, task_weight: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +195,7 @@ def _accumulate(total: Tensor, term: Tensor) -> Tensor:
 
 def _elementwise(posterior: Posterior) -> Elementwise:
     if not isinstance(posterior, Elementwise):
-        raise MethodError(f"a {posterior.family} posterior cannot be combined entry by entry")
+        raise MethodError(f"a `{posterior.family}` posterior cannot be combined entry by entry")
     return posterior
 
 

@@ -1,12 +1,13 @@
 r"""What a merge will cost each source, before it is evaluated.
 
 The rule replaces each task's loss by the quadratic its posterior stands for; what is lost at the merged mean
-is, to second order and per source,
+is, to second order and per source t,
 
     1/2 sum (m - m_t)^2 (S_t - S_0) ,
 
 summed over the entries of a tensor: H_t = S_t - S_0 is the curvature of the task's loss, summed over its
-training units (the correction terms of arXiv 2506.14262; gradient mismatch in arXiv 2310.12808).
+training units (the correction of Khan, arXiv 2506.14262, and the gradient mismatch of Daheim et al., arXiv
+2310.12808).
 """
 
 from __future__ import annotations

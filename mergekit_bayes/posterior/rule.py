@@ -4,9 +4,9 @@ With prior q_0 and task posteriors q_t, the merge is
 
     q = q_0 prod_t (q_t / q_0)^alpha_t ,
 
-that is, natural parameters add (Khan, "Information geometry of variational Bayes", arXiv 2506.14262; Monzon
-Maldonado et al., "Variational model merging", arXiv 2412.08147). For Gaussians q_t = N(m_t, 1/S_t) and q_0 =
-N(theta_0, 1/S_0):
+that is, natural parameters add (Khan, "Knowledge adaptation as posterior correction", arXiv 2506.14262;
+Monzón Maldonado et al., "Variational model merging for Pareto front estimation", arXiv 2412.08147). For
+Gaussians q_t = N(m_t, 1/S_t) and q_0 = N(theta_0, 1/S_0):
 
     S = S_0 + sum_t alpha_t (S_t - S_0)
     m = theta_0 + S^-1 sum_t alpha_t S_t (m_t - theta_0)
@@ -55,9 +55,7 @@ def merge_posteriors(
         ShapeMismatchError: base and sources differ in shape, dtype or device.
     """
     if not sources or weights.shape != (len(sources),):
-        raise MethodError(
-            f"{len(sources)} sources with weights of shape {tuple(weights.shape)}: one weight each"
-        )
+        raise MethodError(f"{len(sources)} sources with weights of shape {tuple(weights.shape)}: one weight each")
     everyone = (base, *sources)
     check_alike(everyone)
     return richest(everyone).merge(base, sources, weights, floor=floor)

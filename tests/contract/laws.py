@@ -1,0 +1,286 @@
+"""What every merge method promises, whatever its formula.
+
+Each law is a function of one method that asserts something; `test_laws.py` runs every law on every registered
+method, and the example in CONTRIBUTING.md is held to them too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_bayes.errors import NumericalError
+from mergekit_bayes.merge.registry import MergeMethod
+from mergekit_bayes.posterior import Diagonal, Isotropic, Posterior
+
+Law = Callable[[MergeMethod], None]
+
+ORACLES = Path(__file__).parents[1] / "oracles"
+SIMPLEX = (0.5, 0.3, 0.2)
+BEYOND_SIMPLEX = (0.9, 0.7, 0.8)
+REMOVAL = (1.0, 0.8, -0.2)
+
+
+def draw(
+    seed: int, shape: Sequence[int] = (257,), *, count: int = 3, dtype: torch.dtype = torch.float64
+) -> tuple[Posterior, list[Posterior]]:
+    """A scalar prior, and task posteriors at least as precise as it, as fine-tuning produces them."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    base = Isotropic(normal(), 0.5)
+    return base, [Diagonal(base.mean + 0.3 * normal(), 0.5 + normal().exp()) for _ in range(count)]
+
+
+def tensor(weights: Sequence[float], like: Posterior) -> Tensor:
+    return torch.tensor(weights, dtype=like.mean.dtype, device=like.mean.device)
+
+
+def merge(
+    method: MergeMethod,
+    base: Posterior,
+    sources: Sequence[Posterior],
+    weights: Sequence[float],
+    floor: float | None = None,
+) -> Posterior:
+    return method.kernel(base, sources, tensor(weights, base), floor=floor)
+
+
+def assert_same(seen: Posterior, wanted: Posterior, *, ulps: float = 0) -> None:
+    """Equal means and precisions; with `ulps`, up to that many roundings at the size of the largest entry."""
+    for left, right in ((seen.mean, wanted.mean), (seen.precision_tensor(), wanted.precision_tensor())):
+        right = right.expand(left.shape)  # noqa: PLW2901
+        room = ulps * torch.finfo(left.dtype).eps * max(1.0, float(right.abs().max()))
+        torch.testing.assert_close(left, right, rtol=0, atol=room)
+
+
+def one_source_at_weight_one_is_returned(method: MergeMethod) -> None:
+    for dtype in (torch.float32, torch.float64):
+        base, sources = draw(1, count=1, dtype=dtype)
+        merged = merge(method, base, sources, (1.0,))
+        torch.testing.assert_close(merged.mean, sources[0].mean, rtol=0, atol=8 * torch.finfo(dtype).eps)
+        if method.precision != "unused":
+            assert torch.equal(merged.precision_tensor(), sources[0].precision_tensor())
+
+
+def equal_sources_on_the_simplex_are_returned(method: MergeMethod) -> None:
+    base, sources = draw(2, count=1)
+    merged = merge(method, base, sources * 3, SIMPLEX)
+    wanted = sources[0] if method.precision != "unused" else base.with_mean(sources[0].mean)
+    assert_same(merged, wanted, ulps=8)
+
+
+def order_of_sources_does_not_matter(method: MergeMethod) -> None:
+    base, sources = draw(3)
+    for weights, floor in ((SIMPLEX, None), (BEYOND_SIMPLEX, None), (REMOVAL, 2.0)):
+        wanted = merge(method, base, sources, weights, floor)
+        for order in itertools.permutations(range(3)):
+            merged = merge(method, base, [sources[i] for i in order], [weights[i] for i in order], floor)
+            assert_same(merged, wanted, ulps=32)
+
+
+def the_same_call_gives_the_same_bits(method: MergeMethod) -> None:
+    for dtype in (torch.float32, torch.float64):
+        base, sources = draw(4, dtype=dtype)
+        first, second = (merge(method, base, sources, BEYOND_SIMPLEX) for _ in range(2))
+        assert_same(first, second)
+
+
+def inputs_are_not_changed(method: MergeMethod) -> None:
+    base, sources = draw(5)
+    tensors = [part for each in (base, *sources) for part in (each.mean, each.precision_tensor())]
+    weights = tensor(BEYOND_SIMPLEX, base)
+    tensors.append(weights)
+    # the version counter also sees a change that is undone
+    before = [(each.clone(), each._version) for each in tensors]
+    method.kernel(base, sources, weights, floor=0.1)
+    for each, (value, version) in zip(tensors, before, strict=True):
+        assert torch.equal(each, value)
+        assert each._version == version
+
+
+def shape_dtype_and_device_are_kept(method: MergeMethod) -> None:
+    for shape, dtype in itertools.product(((), (0,), (7,), (3, 4), (2, 1, 5)), (torch.float32, torch.float64)):
+        base, sources = draw(6, shape, dtype=dtype)
+        merged = merge(method, base, sources, SIMPLEX)
+        precision = merged.precision_tensor()
+        assert merged.mean.shape == base.mean.shape
+        assert precision.shape in {base.mean.shape, torch.Size([])}
+        assert merged.mean.dtype == precision.dtype == dtype
+
+
+def nothing_is_read_back_from_the_device(method: MergeMethod) -> None:
+    """Tensors without data: a kernel that branches on values, or moves them to the host, fails here."""
+    meta = torch.device("meta")
+    base = Isotropic.unchecked(torch.empty(5, 3, device=meta), torch.empty((), device=meta))
+    sources = [Diagonal.unchecked(torch.empty(5, 3, device=meta), torch.empty(5, 3, device=meta))] * 2
+    merged = merge(method, base, sources, (0.5, 0.5), floor=0.1)
+    assert merged.mean.device == merged.precision_tensor().device == meta
+
+
+def a_block_of_the_merge_is_the_merge_of_the_block(method: MergeMethod) -> None:
+    for dtype in (torch.float32, torch.float64):
+        base, sources = draw(7, (1000,), dtype=dtype)
+        whole = merge(method, base, sources, REMOVAL, floor=0.7)
+        for start, stop in ((0, 1), (0, 16), (3, 10), (17, 530), (992, 1000)):
+            piece = slice(start, stop)
+            part = merge(
+                method,
+                Isotropic(base.mean[piece], base.precision_tensor()),
+                [Diagonal(each.mean[piece], each.precision_tensor()[piece]) for each in sources],
+                REMOVAL,
+                floor=0.7,
+            )
+            assert torch.equal(part.mean, whole.mean[piece])
+            seen, wanted = part.precision_tensor(), whole.precision_tensor()
+            assert torch.equal(seen, wanted[piece] if wanted.dim() else wanted)
+
+
+def a_source_at_weight_zero_is_ignored(method: MergeMethod) -> None:
+    base, sources = draw(8)
+    assert_same(
+        merge(method, base, sources, (0.6, 0.0, 0.4)),
+        merge(method, base, [sources[0], sources[2]], (0.6, 0.4)),
+        ulps=16,
+    )
+
+
+def on_the_simplex_the_mean_lies_between_its_sources(method: MergeMethod) -> None:
+    """Also for precisions at the edges of float32."""
+    for lowest, highest in ((-0.1, 0.1), (-30.0, 30.0)):
+        base, sources = draw(9, (4096,), dtype=torch.float32)
+        generator = torch.Generator().manual_seed(10)
+        exponents = [torch.empty(4096).uniform_(lowest, highest, generator=generator) for _ in sources]
+        sources = [Diagonal(each.mean, 10**exponent) for each, exponent in zip(sources, exponents, strict=True)]
+        base = Isotropic(base.mean, 10**lowest)
+        merged = merge(method, base, sources, (0.5, 0.25, 0.25)).check()
+        means = torch.stack([each.mean for each in sources])
+        assert (merged.mean >= means.amin(dim=0) - 1e-5).all()
+        assert (merged.mean <= means.amax(dim=0) + 1e-5).all()
+
+
+def impossible_precisions_do_not_pass_the_check(method: MergeMethod) -> None:
+    """Removing more than was learned leaves the precision alone or is caught; a floor always mends it."""
+    base, sources = draw(11)
+    weights = (0.5, 0.5, -3.0)
+    merged = merge(method, base, sources, weights)
+    if method.precision == "unused":
+        merged.check()
+    else:
+        with pytest.raises(NumericalError):
+            merged.check()
+    merge(method, base, sources, weights, floor=0.25).check()
+
+
+def scaling_all_precisions_leaves_the_mean(method: MergeMethod) -> None:
+    base, sources = draw(12)
+    wanted = merge(method, base, sources, BEYOND_SIMPLEX).mean
+    for factor, room in ((2.0**20, 0.0), (2.0**-20, 0.0), (3.7, 1e-14)):
+        scaled_base = Isotropic(base.mean, base.precision_tensor() * factor)
+        scaled = [Diagonal(each.mean, each.precision_tensor() * factor) for each in sources]
+        seen = merge(method, scaled_base, scaled, BEYOND_SIMPLEX).mean
+        torch.testing.assert_close(seen, wanted, rtol=0, atol=room)
+
+
+def a_constant_diagonal_is_isotropic(method: MergeMethod) -> None:
+    base, sources = draw(13)
+    numbers = (0.5, 1.75, 3.0)
+    isotropic = [Isotropic(each.mean, number) for each, number in zip(sources, numbers, strict=True)]
+    diagonal = [Diagonal(each.mean, each.precision.expand_as(each.mean)) for each in isotropic]
+    for weights in (SIMPLEX, BEYOND_SIMPLEX, REMOVAL):
+        wanted = merge(method, base, isotropic, weights)
+        assert torch.equal(merge(method, base, diagonal, weights).mean, wanted.mean)
+        assert torch.equal(merge(method, base, [diagonal[0], *isotropic[1:]], weights).mean, wanted.mean)
+        tensor_base = Diagonal(base.mean, base.precision_tensor().expand_as(base.mean))
+        assert torch.equal(merge(method, tensor_base, isotropic, weights).mean, wanted.mean)
+
+
+def undeclared_inputs_are_not_looked_at(method: MergeMethod) -> None:
+    """`base`, `precision` and `prior` in the decorator are the truth: what is "unused" may hold anything."""
+    base, sources = draw(14)
+    wanted = merge(method, base, sources, BEYOND_SIMPLEX)
+    other_prior = Isotropic(base.mean, 7.0)
+    if method.base == "unused":
+        nowhere = base.with_mean(torch.full_like(base.mean, torch.nan))
+        assert_same(merge(method, nowhere, sources, BEYOND_SIMPLEX), wanted)
+    if method.precision == "unused":
+        others = [Isotropic.unchecked(each.mean, each.mean.new_tensor(torch.nan)) for each in sources]
+        assert_same(merge(method, base, others, BEYOND_SIMPLEX), wanted)
+    if method.prior == "unused":
+        assert torch.equal(merge(method, other_prior, sources, BEYOND_SIMPLEX).mean, wanted.mean)
+    else:
+        assert not torch.allclose(merge(method, other_prior, sources, BEYOND_SIMPLEX).mean, wanted.mean)
+
+
+def the_oracle_agrees(method: MergeMethod) -> None:
+    oracle = importlib.import_module(f"tests.oracles.{method.name}").oracle
+    agrees_with(method, oracle)
+
+
+def agrees_with(method: MergeMethod, oracle: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
+    cases = itertools.product((1, 2, 5), (torch.float64, torch.float32), (None, 1.5), (False, True))
+    for seed, (count, dtype, floor, tensor_prior) in enumerate(cases):
+        base, sources = draw(100 + seed, (33,), count=count, dtype=dtype)
+        if tensor_prior:
+            base = Diagonal(base.mean, base.precision_tensor() * (base.mean.square() + 0.1) / 10)
+        weights = [0.9, 0.7, -0.15, 0.6, 0.8][:count]
+        merged = merge(method, base, sources, weights, floor)
+        mean, precision = oracle(
+            _numpy(base.mean),
+            _numpy(base.precision_tensor().expand_as(base.mean)),
+            [_numpy(each.mean) for each in sources],
+            [_numpy(each.precision_tensor()) for each in sources],
+            # the kernel sees weights rounded to its dtype
+            tensor(weights, base).double().tolist(),
+            floor=floor,
+        )
+        room = 200 * torch.finfo(dtype).eps
+        seen = _numpy(merged.precision_tensor().expand_as(merged.mean))
+        np.testing.assert_allclose(_numpy(merged.mean), mean, rtol=room, atol=room)
+        np.testing.assert_allclose(seen, precision, rtol=room, atol=room)
+
+
+def _numpy(values: Tensor) -> np.ndarray:
+    return values.double().numpy()
+
+
+def the_documentation_says_what_it_computes(method: MergeMethod) -> None:
+    text = method.kernel.__doc__ or ""
+    assert re.search(r"^ +\w+ = ", text, flags=re.MULTILINE), "an equation on its own line"
+    assert re.fullmatch(r"arXiv \d{4}\.\d{5}", method.paper)
+    assert " ".join(method.paper.split()) in " ".join(text.split()), "the docstring cites the paper"
+    assert "Args:" in text
+    assert "Returns:" in text
+    assert method.summary.endswith(".")
+    assert len(method.summary) < 100
+    assert all(parameter.help for parameter in method.parameters)
+
+
+LAWS: tuple[Law, ...] = (
+    one_source_at_weight_one_is_returned,
+    equal_sources_on_the_simplex_are_returned,
+    order_of_sources_does_not_matter,
+    the_same_call_gives_the_same_bits,
+    inputs_are_not_changed,
+    shape_dtype_and_device_are_kept,
+    nothing_is_read_back_from_the_device,
+    a_block_of_the_merge_is_the_merge_of_the_block,
+    a_source_at_weight_zero_is_ignored,
+    on_the_simplex_the_mean_lies_between_its_sources,
+    impossible_precisions_do_not_pass_the_check,
+    scaling_all_precisions_leaves_the_mean,
+    a_constant_diagonal_is_isotropic,
+    undeclared_inputs_are_not_looked_at,
+    the_documentation_says_what_it_computes,
+)
+"""All laws that need nothing but the method; `the_oracle_agrees` also needs its file in `tests/oracles`."""
