@@ -34,7 +34,7 @@ def _unit(size: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     information = torch.finfo(dtype)
     # frexp: size = mantissa * 2**exponent, mantissa in [0.5, 1): the leading bit is worth 2**(exponent - 1)
     exponent = size.clamp(min=information.smallest_normal).frexp().exponent - 1
-    return torch.ldexp(torch.tensor(information.eps, dtype=torch.float64), exponent)
+    return torch.ldexp(torch.full_like(size, information.eps), exponent)
 
 
 def unfused_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
