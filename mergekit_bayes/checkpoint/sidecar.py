@@ -221,9 +221,12 @@ def _name_faults(sidecar: Sidecar, mean_tensors: Mapping[str, TensorInfo]) -> li
     missing = sorted(needed - sidecar.tensors.keys())
     unknown = sorted(sidecar.tensors.keys() - mean_tensors.keys())
     faults = []
-    if missing:
+    # A merge leaves out what no source touched: there the posterior is the prior, which the metadata has.
+    complete = sidecar.metadata.prior_precision is None and sidecar.metadata.estimator != "merged"
+    if missing and complete:
         faults.append(
-            f"holds no precision for {listed(missing)}; expected one for every tensor of the checkpoint"
+            f"holds no precision for {listed(missing)}; expected one for every tensor of the checkpoint, or a "
+            "prior_precision that stands in for the others"
         )
     if unknown:
         faults.append(f"holds precisions for {listed(unknown)}; expected only tensors of the checkpoint")

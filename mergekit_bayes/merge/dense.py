@@ -236,7 +236,8 @@ def _step(
     untouched = all(
         tensor == stored and name not in source.modules for tensor, source in zip(others.values(), sources, strict=True)
     )
-    same = setting.method.base == "required" or abs(sum(weights) - 1.0) < 1e-9
+    # Only a plain weighted sum (linear without normalisation) changes what all inputs share.
+    same = setting.method.base == "required" or setting.uses_precision or abs(sum(weights) - 1.0) < 1e-9
     # A base sidecar's own precisions must reach the merged sidecar; a scalar prior is in its metadata.
     if untouched and same and not (setting.precision_dtype and setting.scalar_prior is None):
         return CopyStep(name, dtype, stored, (), "no source changes it")

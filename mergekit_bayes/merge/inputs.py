@@ -79,7 +79,7 @@ def open_input(reference: str, precision: str | float | bool | None, *, base_dir
         CheckpointError: something cannot be read or trusted.
         PlanError: several such things.
     """
-    parsed = parse_reference(reference)
+    parsed = parse_reference(reference, base_dir=base_dir)
     folder = resolve(parsed.model, parsed.revision, base_dir=base_dir)
     checkpoint, adapter = None, None
     if is_adapter(folder.path):

@@ -129,6 +129,7 @@ def plan_merge(recipe: MergeRecipe, out: Path | None = None, *, recipe_dir: Path
         setting.problems.append(MissingInputError("the inputs hold no tensors; expected at least one"))
     if setting.problems:
         raise PlanError(tuple({str(problem): problem for problem in setting.problems}.values()))
+    _add_notes(setting)
     sidecar = merged_metadata(setting) if any(step.precision_entries for step in steps) else None
     target = out if out is not None else (Path(recipe.output.path) if recipe.output.path is not None else None)
     return MergePlan(
@@ -223,6 +224,23 @@ def _space(
             )
         )
     return space
+
+
+def _add_notes(setting: Setting) -> None:
+    """Say what is legal but surprising: sources without precisions, sidecars that measure different things."""
+    for label, names in setting.prior_only.items():
+        setting.notes.append(
+            f"{label}: no precision of its own for {len(names)} tensors (the first is {names[0]}); they get the prior's"
+        )
+    if not setting.uses_precision:
+        return
+    known = {source.label: source.sidecar.metadata for source in setting.sources if source.sidecar is not None}
+    units = {label: (metadata.estimator, metadata.loss_unit) for label, metadata in known.items()}
+    if len(set(units.values())) > 1:
+        shown = ", ".join(
+            f"{label}: {estimator} per {unit or 'unknown unit'}" for label, (estimator, unit) in units.items()
+        )
+        setting.notes.append(f"the sidecars are of different kinds, so their precisions may not compare ({shown})")
 
 
 def _check_filters(setting: Setting, steps: list[Step]) -> None:

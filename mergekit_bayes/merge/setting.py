@@ -41,6 +41,7 @@ class Setting:
         indices: for each source, its index in `recipe.models`.
         problems: filled while planning; a plan exists only if it stays empty.
         notes: things the user should know that are no errors.
+        prior_only: by source, the tensors that get the prior's precision for want of their own.
     """
 
     recipe: MergeRecipe
@@ -51,6 +52,7 @@ class Setting:
     indices: tuple[int, ...]
     problems: list[MergekitBayesError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    prior_only: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def needs_prior(self) -> bool:
@@ -218,6 +220,7 @@ class Setting:
                 share = self.prior_share(source) if self.space == "factor" else None
                 return replace(operand, low_rank=low_rank, divisor=divisor, prior_share=share)
         if self.needs_prior and (source.sidecar is not None or self.method.precision == "optional"):
+            self.prior_only.setdefault(source.label, []).append(name)
             return self.with_prior(operand, name)
         return None
 
