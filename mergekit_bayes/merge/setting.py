@@ -130,7 +130,8 @@ class Setting:
         In product space a sidecar's prior belongs to the factors, not to dW, so only the recipe can give S_0 there.
         """
         if not self.needs_prior:
-            return 1.0
+            # A method without prior has S_0 = 0; without precisions, any positive number stands for all of them.
+            return 0.0 if self.uses_precision else 1.0
         if self.base is not None and self.base.scalar_precision is not None:
             return self.base.scalar_precision
         if isinstance(self.recipe.precision.prior, int | float):
@@ -220,7 +221,8 @@ class Setting:
                 share = self.prior_share(source) if self.space == "factor" else None
                 return replace(operand, low_rank=low_rank, divisor=divisor, prior_share=share)
         if self.needs_prior and (source.sidecar is not None or self.method.precision == "optional"):
-            self.prior_only.setdefault(source.label, []).append(name)
+            if source.adapter is None or operand.low_rank is not None or name in source.adapter.tensors:
+                self.prior_only.setdefault(source.label, []).append(name)
             return self.with_prior(operand, name)
         return None
 
