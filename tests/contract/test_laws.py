@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergekit_bayes.errors import NonPositivePrecisionError
 from mergekit_bayes.merge.registry import MergeMethod, method_names, methods
 from mergekit_bayes.posterior import Diagonal, Isotropic
 from tests.contract.laws import LAWS, ORACLES, REMOVAL, SIMPLEX, Law, draw, merge, the_oracle_agrees
@@ -23,6 +24,13 @@ def _name(thing: object) -> str | None:
 @pytest.mark.parametrize("method", METHODS, ids=_name)
 def test_law(method: MergeMethod, law: Law) -> None:
     law(method)
+
+
+@pytest.mark.parametrize("method", [each for each in METHODS if each.precision != "unused"], ids=_name)
+def test_removing_more_than_was_learned_is_caught(method: MergeMethod) -> None:
+    base, sources = draw(0)
+    with pytest.raises(NonPositivePrecisionError):
+        merge(method, base, sources, (0.5, 0.5, -3.0)).check()
 
 
 def test_one_oracle_per_method() -> None:
