@@ -34,7 +34,8 @@ def shown(text: str | Path) -> str:
 
 def brief(value: object) -> str:
     """Returns a short form of a parsed value for a message, however large or deep the value is."""
-    return _BRIEF.repr(value)
+    text = _BRIEF.repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def listed(names: Sequence[str], limit: int = 20) -> str:
@@ -53,9 +54,7 @@ def contained(folder: Path, name: str) -> Path:
         CheckpointError: the name is not a plain file name, or the link leads elsewhere.
     """
     if not _is_file_name(name):
-        raise CheckpointError(
-            f"{shown(folder)}: names the file {shown(name)}; expected a file in this folder"
-        )
+        raise CheckpointError(f"{shown(folder)}: names the file {shown(name)}; expected a file in this folder")
     path = folder / name
     target = Path(os.path.realpath(path))
     inside = target.is_relative_to(os.path.realpath(folder))
@@ -124,9 +123,7 @@ def read_json(path: Path) -> dict[str, object]:
     try:
         size = os.fstat(descriptor).st_size
         if size > _MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{shown(path)}: has {size} bytes; expected JSON of at most {_MAX_JSON_BYTES}"
-            )
+            raise CheckpointError(f"{shown(path)}: has {size} bytes; expected JSON of at most {_MAX_JSON_BYTES}")
         raw = read_exactly(path, descriptor, size, 0)
     finally:
         os.close(descriptor)
@@ -185,6 +182,4 @@ def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, obj
 def _whole_number(text: str) -> int | float:
     if len(text) > _LONGEST_NUMBER:
         raise ValueError(f"a number of {len(text)} digits")
-    return (
-        -0.0 if text == "-0" else int(text)
-    )  # -0 is a float to the format's reference parser, so not a size
+    return -0.0 if text == "-0" else int(text)  # -0 is a float to the format's reference parser, so not a size

@@ -116,9 +116,8 @@ def resolve(reference: str, revision: str | None, *, base_dir: Path) -> Resolved
             seen = f"{shown(reference)}@{shown(revision)}: is the local folder {shown(found)}"
             raise CheckpointError(f"{seen}, which has no revisions; expected the path alone")
         return ResolvedFolder(found, None)
-    for path in _candidates(reference, base_dir):
-        if path.exists():
-            raise CheckpointError(f"{shown(path)}: is a file; expected the folder it lies in")
+    if (file := _find_local(reference, base_dir, folder=False)) is not None:
+        raise CheckpointError(f"{shown(file)}: is a file; expected the folder it lies in")
     looked = " and ".join(dict.fromkeys(shown(path) for path in _candidates(reference, base_dir)))
     if not _is_hub_id(reference):
         raise CheckpointError(f"{shown(reference)}: is no folder (looked for {looked}) and no hub id such as org/name")
@@ -143,11 +142,12 @@ def _candidates(reference: str, base_dir: Path | None) -> list[Path]:
     return [path.absolute(), base_dir.absolute() / path]
 
 
-def _find_local(reference: str, base_dir: Path | None) -> Path | None:
+def _find_local(reference: str, base_dir: Path | None, *, folder: bool = True) -> Path | None:
     if not reference:
         return None
     try:
-        return next((path for path in _candidates(reference, base_dir) if path.is_dir()), None)
+        paths = _candidates(reference, base_dir)
+        return next((path for path in paths if (path.is_dir() if folder else path.exists())), None)
     except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, no such home: no local folder
         return None
 
@@ -172,9 +172,9 @@ def _download(hub_id: str, revision: str | None, looked: str) -> ResolvedFolder:
     except Exception as error:  # the hub's client lets its HTTP library's own exceptions through
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {shown(lines[0])}"
-        advice = "set HF_HUB_OFFLINE=1 to use what the cache holds"
+        advice = "; set HF_HUB_OFFLINE=1 to use what the cache holds" if not constants.HF_HUB_OFFLINE else ""
         message = f"{shown(asked)}: is no folder (looked for {looked}) and cannot be had from the hub: {reason}"
-        raise CheckpointError(f"{message}; {advice}") from error
+        raise CheckpointError(f"{message}{advice}") from error
     path = Path(folder)
     if newest is not None and path.name != newest:
         seen = f"{shown(asked)}: the cache gave commit {shown(path.name)}"
