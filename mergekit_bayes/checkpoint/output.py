@@ -15,8 +15,9 @@ from mergekit_bayes.checkpoint.files import shown
 from mergekit_bayes.checkpoint.journal import Record
 from mergekit_bayes.checkpoint.placement import check_placement, resolve_target
 from mergekit_bayes.checkpoint.work import WorkFolder
-from mergekit_bayes.errors import MergekitBayesError, OutputError
+from mergekit_bayes.errors import CheckpointError, MethodError, NumericalError, OutputError, RecipeError
 
+_HOPELESS = (RecipeError, CheckpointError, MethodError, NumericalError)
 _POLL = 0.05  # seconds between two looks at what another process has done
 
 
@@ -25,7 +26,7 @@ class OutputFolder:
 
     Files are written to `staging`, beside the target; `publish` puts them in place with a rename. Leaving the
     context without it keeps what was finished, so that the same job can continue later. Only an error that
-    the same job would meet again (one of this library's other than `OutputError`) throws it away.
+    the same job would meet again, an unreadable input or illegal numbers, throws it away.
 
     Several processes may share one output: the leader alone locks, clears and publishes; the others call
     `wait_ready` first.
@@ -121,7 +122,7 @@ class OutputFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        hopeless = isinstance(error, MergekitBayesError) and not isinstance(error, OutputError)
+        hopeless = isinstance(error, _HOPELESS) and not isinstance(error, OutputError)
         self._leave(keep=not hopeless)
 
     def wait_ready(self, timeout: float) -> None:

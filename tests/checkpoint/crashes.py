@@ -1,13 +1,13 @@
 """Stop a small merge at every system call in turn and look at what is left: run as `crashes.py SCENARIO FAULT`.
 
-A process of its own, single-threaded and without torch, so that it can fork one victim per system call cheaply.
-Prints one JSON object: how many system calls were tried, and every broken promise found.
+A process of its own, single-threaded and without torch, so that it can fork one victim per system call
+cheaply. Prints one JSON object: how many system calls were tried, and every broken promise found.
 
-Scenarios are what the victim finds: nothing, an empty folder, a former output to replace, a former run of the same
-or of another job to continue from or to clear away, and a swap of folders that was cut in two.
-Faults are what happens at the chosen call: a kill before it (after half of it, if it writes), a kill right after
-it, the same and another kill somewhere in the rerun, an error of the device, Ctrl-C. The last rerun continues the
-same job after one half of the calls and starts another after the other half.
+Scenarios are what the victim finds: nothing, an empty folder, a former output to replace, a former run of
+the same or of another job to continue from or to clear away, and a swap of folders that was cut in two.
+Faults are what happens at the chosen call: a kill before it (after half of it, if it writes), a kill right
+after it, the same and another kill somewhere in the rerun, an error of the device, Ctrl-C. The last rerun
+continues the same job after one half of the calls and starts another after the other half.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -385,20 +384,6 @@ def test_layout_and_writer_load_without_torch() -> None:
 
 
 # Disks that refuse
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 4 MB: the only way to meet a full disk as users meet it."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    result = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", mount], capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        pytest.skip(f"mounting a small file system needs root: {result.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
 
 
 def test_a_full_disk_is_met_before_the_first_block(small_disk: Path) -> None:

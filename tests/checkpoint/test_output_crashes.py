@@ -1,0 +1,95 @@
+"""Outputs of machines that stop: at every system call, between two renames, during the last clean-up."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mergekit_bayes.checkpoint.work import WorkFolder
+from mergekit_bayes.errors import OutputError
+from tests.checkpoint.outputs import contents, leave_unfinished, output_at, publish
+
+CRASHES = Path(__file__).with_name("crashes.py")
+
+
+@pytest.mark.parametrize("fault", ["kill before", "kill after", "kill twice", "error", "interrupt"])
+@pytest.mark.parametrize("scenario", ["absent", "empty", "former", "same job", "other job", "cut swap"])
+def test_no_fault_at_any_system_call_leaves_half_an_output(scenario: str, fault: str) -> None:
+    command = [sys.executable, "-W", "ignore", str(CRASHES), scenario, fault]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["problems"] == []
+    assert result["calls"] > 40
+
+
+def interrupted_swap(folder: Path) -> None:
+    """The state of a machine that stopped between the two renames of a replacement."""
+    publish(folder / "out", {"a": "old"})
+    leave_unfinished(folder / "out2")
+    (folder / ".out2.partial").rename(folder / ".out.partial")
+    (folder / "out").rename(folder / ".out.partial" / "replaced")
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_former_output_is_put_back_after_an_interrupted_swap(tmp_path: Path, overwrite: bool) -> None:
+    interrupted_swap(tmp_path)
+    output_at(tmp_path / "out", overwrite=overwrite).recover()
+    assert contents(tmp_path / "out") == {"a": "old"}
+    assert not (tmp_path / ".out.partial" / "replaced").exists()
+    with output_at(tmp_path / "out", overwrite=True) as output:
+        assert output.finished("a") == {"job": "1"}
+
+
+def test_without_overwrite_the_former_output_is_put_back_and_kept(tmp_path: Path) -> None:
+    interrupted_swap(tmp_path)
+    with pytest.raises(OutputError, match="not empty"), output_at(tmp_path / "out"):
+        pass
+    assert contents(tmp_path / "out") == {"a": "old"}
+
+
+def test_of_two_claims_to_the_target_neither_is_destroyed(tmp_path: Path) -> None:
+    interrupted_swap(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b").write_text("someone else's")
+    for _ in range(2):
+        with pytest.raises(OutputError, match="former content"), output_at(tmp_path / "out", overwrite=True):
+            pass
+    assert contents(tmp_path / "out") == {"b": "someone else's"}
+    assert contents(tmp_path / ".out.partial" / "replaced") == {"a": "old"}
+
+
+def test_what_a_killed_clean_up_left_is_removed_even_without_overwrite(tmp_path: Path) -> None:
+    publish(tmp_path / "out", {"a": "new"})
+    leave_unfinished(tmp_path / "out2")
+    work = (tmp_path / ".out2.partial").rename(tmp_path / ".out.partial")
+    (work / "staging").rename(work / "replaced")
+    with pytest.raises(OutputError, match="not empty"), output_at(tmp_path / "out"):
+        pass
+    assert contents(tmp_path / "out") == {"a": "new"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_recovery_of_nothing_is_nothing(tmp_path: Path) -> None:
+    output_at(tmp_path / "missing" / "out").recover()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rubbish_that_cannot_be_removed_is_a_warning_and_goes_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: WorkFolder) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkFolder, "remove", refuse)
+        with pytest.warns(UserWarning, match="cannot be removed: .*busy"):
+            publish(tmp_path / "out", {"a": "1"})
+    assert contents(tmp_path / "out") == {"a": "1"}
+    output_at(tmp_path / "out").recover()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
