@@ -4,7 +4,7 @@
     isotropic.py     Isotropic: one precision for the whole tensor
     diagonal.py      Diagonal: one precision per entry
     elementwise.py   the algebra those two share
-    rule.py          merge_posteriors: natural parameters add
+    rule.py          merge_posteriors: natural parameters add; check_inputs: what can be merged at all
     mismatch.py      mismatch: what a merge will cost each source
 
 A posterior holds a `mean` and a `precision`: the inverse variance at data scale, that is, of the loss summed
@@ -20,6 +20,6 @@ from mergekit_bayes.posterior.diagonal import Diagonal
 from mergekit_bayes.posterior.family import Posterior
 from mergekit_bayes.posterior.isotropic import Isotropic
 from mergekit_bayes.posterior.mismatch import mismatch
-from mergekit_bayes.posterior.rule import merge_posteriors
+from mergekit_bayes.posterior.rule import check_inputs, merge_posteriors
 
-__all__ = ["Diagonal", "Isotropic", "Posterior", "merge_posteriors", "mismatch"]
+__all__ = ["Diagonal", "Isotropic", "Posterior", "check_inputs", "merge_posteriors", "mismatch"]

@@ -28,7 +28,7 @@ from mergekit_bayes.posterior.family import Posterior, check_alike, richest
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["merge_posteriors"]
+__all__ = ["check_inputs", "merge_posteriors"]
 
 
 def merge_posteriors(
@@ -54,8 +54,22 @@ def merge_posteriors(
         MethodError: no source, or not one weight per source.
         ShapeMismatchError: base and sources differ in shape, dtype or device.
     """
+    check_inputs(sources, weights, base=base)
+    return richest((base, *sources)).merge(base, sources, weights, floor=floor)
+
+
+def check_inputs(sources: Sequence[Posterior], weights: Tensor, *, base: Posterior | None = None) -> None:
+    """Refuse what arithmetic would broadcast in silence; legal inside a compiled loop.
+
+    Args:
+        sources: at least one, all of the same tensor.
+        weights: shape (sources,).
+        base: of the same tensor as well; None where a method does not use it.
+
+    Raises:
+        MethodError: no source, or not one weight per source.
+        ShapeMismatchError: base and sources differ in shape, dtype or device.
+    """
     if not sources or weights.shape != (len(sources),):
         raise MethodError(f"{len(sources)} sources with weights of shape {tuple(weights.shape)}: one weight each")
-    everyone = (base, *sources)
-    check_alike(everyone)
-    return richest(everyone).merge(base, sources, weights, floor=floor)
+    check_alike(sources if base is None else (base, *sources))

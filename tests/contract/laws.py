@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from mergekit_bayes.errors import NumericalError
+from mergekit_bayes.errors import MethodError, NumericalError, ShapeMismatchError
 from mergekit_bayes.merge.registry import MergeMethod
 from mergekit_bayes.posterior import Diagonal, Isotropic, Posterior
 
@@ -144,6 +145,18 @@ def a_block_of_the_merge_is_the_merge_of_the_block(method: MergeMethod) -> None:
             assert torch.equal(part.mean, whole.mean[piece])
             seen, wanted = part.precision_tensor(), whole.precision_tensor()
             assert torch.equal(seen, wanted[piece] if wanted.dim() else wanted)
+
+
+def nothing_is_broadcast(method: MergeMethod) -> None:
+    base, sources = draw(15, (4, 5))
+    row = Diagonal(sources[0].mean[0], sources[0].precision_tensor()[0])
+    with pytest.raises(ShapeMismatchError):
+        merge(method, base, [sources[0], row], (0.5, 0.5))
+    for weights in ((), (1.0,), (1.0, 1.0, 1.0, 1.0)):
+        with pytest.raises(MethodError):
+            merge(method, base, sources, weights)
+    with pytest.raises(MethodError):
+        merge(method, base, [], ())
 
 
 def a_source_at_weight_zero_is_ignored(method: MergeMethod) -> None:
@@ -273,6 +286,7 @@ LAWS: tuple[Law, ...] = (
     shape_dtype_and_device_are_kept,
     nothing_is_read_back_from_the_device,
     a_block_of_the_merge_is_the_merge_of_the_block,
+    nothing_is_broadcast,
     a_source_at_weight_zero_is_ignored,
     on_the_simplex_the_mean_lies_between_its_sources,
     impossible_precisions_do_not_pass_the_check,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_bayes.errors import MethodError
 from mergekit_bayes.merge.registry import merge_method
-from mergekit_bayes.posterior import Isotropic, merge_posteriors
+from mergekit_bayes.posterior import Isotropic, check_inputs, merge_posteriors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,7 @@ def hessian_weighted(
     Returns:
         The merged posterior; its values are not checked.
     """
+    check_inputs(sources, weights)
     first = sources[0].mean
     origin = first if floor is None else _average([source.mean for source in sources])
     flat = Isotropic.unchecked(origin, first.new_zeros(()))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_bayes.errors import MethodError
 from mergekit_bayes.merge.registry import Parameter, merge_method
+from mergekit_bayes.posterior import check_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,7 @@ def linear(base: Posterior, sources: Sequence[Posterior], weights: Tensor, *, fl
     Returns:
         The average, with the precision of `base`.
     """
+    check_inputs(sources, weights)
     alpha = weights.to(base.mean.dtype)
     mean = sources[0].mean * alpha[0]
     for position, source in enumerate(sources[1:], start=1):

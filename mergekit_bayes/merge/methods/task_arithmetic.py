@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.merge.registry import Parameter, merge_method
+from mergekit_bayes.posterior import check_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +63,7 @@ def task_arithmetic(
     Returns:
         The sum, with the precision of `base`.
     """
+    check_inputs(sources, weights, base=base)
     alpha = weights.to(base.mean.dtype)
     pull = (sources[0].mean - base.mean).mul_(alpha[0])
     for position, source in enumerate(sources[1:], start=1):
