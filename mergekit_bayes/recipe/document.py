@@ -199,6 +199,8 @@ class _Builder:
     def _place_scalar(self, event: Any) -> None:
         location = _start(event)
         if self._expects_key():
+            if event.value == "<<" and event.style is None:
+                self._refuse(event, f"merge key `<<`: {_NO_ALIASES}")
             self._start_key(event.value, location)
             return
         value: object = event.value
@@ -209,7 +211,7 @@ class _Builder:
             try:
                 value = resolve_scalar(event.value)
             except Refusal as error:
-                self.problems.append((location, f"{error}."))
+                self.problems.append((location, str(error)))
         self._place(value, location)
 
     def _expects_key(self) -> bool:

@@ -17,7 +17,7 @@ class _Representer(SafeRepresenter):
 
 
 def _text(representer: Any, value: str) -> Any:
-    plain = resolve_scalar(value) == value if len(value) < 300 else False
+    plain = len(value) < 300 and value.isprintable() and resolve_scalar(value) == value
     return representer.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
 
 

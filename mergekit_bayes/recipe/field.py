@@ -19,7 +19,7 @@ T = TypeVar("T")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 """The dtypes a recipe may name."""
 
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]i?)?[bB]?\s*")
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]i?)?[bB]?\s*")
 _UNITS = {"": 1} | {
     prefix + i: base**power for power, prefix in enumerate("kmgt", start=1) for i, base in (("", 1000), ("i", 1024))
 }
@@ -34,7 +34,7 @@ def text(value: object) -> str:
         raise refusal(f"expected text, found {show(value)}.{hint}")
     if not value.strip():
         raise refusal("expected text, found nothing but blanks.")
-    if any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in value):
+    if any(ord(c) < 32 or 127 <= ord(c) < 160 or 0xD800 <= ord(c) < 0xE000 for c in value):
         raise refusal(f"{show(value)} contains a control character.")
     return value
 

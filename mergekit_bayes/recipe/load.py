@@ -90,7 +90,9 @@ def _problems(error: Any, context: MethodContext) -> Iterator[Problem]:
         case "invalid_key":
             yield Problem(path[:-1], f"a key is text, found {show(path[-1])}.")
         case _:
-            yield Problem(path, f"{_EXPECTED[error['type']]}, found {show(error['input'])}.")
+            seen = error["input"]
+            hint = f" Write `- model: {show(seen)[1:-1]}`." if path[0] == "models" and isinstance(seen, str) else ""
+            yield Problem(path, f"{_EXPECTED[error['type']]}, found {show(seen)}.{hint}")
 
 
 def _stands_in(missing: str | int, siblings: Mapping[str, object]) -> bool:
@@ -110,10 +112,7 @@ _REQUIRED = {
     "model": "every entry names a model.",
 }
 
-_EXPECTED = {
-    "model_type": "expected a mapping of keys",
-    "model_attributes_type": "expected a mapping of keys",
-}
+_EXPECTED = {"model_type": "expected a mapping of keys"}
 
 
 def _unknown_key(path: KeyPath, context: MethodContext) -> str:

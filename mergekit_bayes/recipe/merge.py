@@ -73,7 +73,7 @@ def _source_parameters(value: object, info: ValidationInfo) -> Parameters:
 def _source_precision(value: object) -> str | float | Literal[False] | None:
     if value is None or value is False:
         return value
-    if value is True:
+    if value is True or isinstance(value, list | tuple | Mapping):
         raise refusal("expected a path, a number or false; a sidecar beside the model is used by itself.")
     return field.text(value) if not isinstance(value, int | float) else field.positive(value)
 
@@ -81,7 +81,9 @@ def _source_precision(value: object) -> str | float | Literal[False] | None:
 def _prior(value: object) -> float | str | None:
     if value is None:
         return None
-    return field.positive(value) if isinstance(value, bool | int | float) else field.text(value)
+    if isinstance(value, bool | list | tuple | Mapping):
+        raise refusal(f"expected a number or the path of a sidecar, found {show(value)}.")
+    return field.positive(value) if isinstance(value, int | float) else field.text(value)
 
 
 def _stored_precision(value: object) -> str | Literal[False]:

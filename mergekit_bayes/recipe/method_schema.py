@@ -16,7 +16,7 @@ class ParameterSchema:
     Args:
         name: the key.
         type: float, int, bool or str.
-        default: the value when no recipe sets it; None means that it must be set.
+        default: the value when no recipe sets it; None leaves it unset.
         minimum: the smallest number allowed.
         maximum: the largest number allowed.
         only: the one value that is supported, for parameters known so that mergekit's recipes can be read.

@@ -20,7 +20,7 @@ def model_reference(value: object) -> str:
     if not isinstance(value, Mapping):
         return field.text(value)
     problems = _unknown_keys(value, ("model", "lora"))
-    if "model" not in value:
+    if "model" not in value and not any(did_you_mean(str(key), ("model", "lora")) for key in value):
         problems.append(Problem(("model",), "missing; a reference names a model."))
     parts: list[str] = []
     for key in ("model", "lora"):

@@ -47,5 +47,5 @@ def resolve_scalar(text: str) -> Scalar | None:
 
 def _integer(text: str) -> int:
     if len(text) > 300:
-        raise refusal(f"a number of {len(text)} digits")
+        raise refusal(f"expected a number, found one of {len(text)} digits.")
     return int(text, 0) if _BASED.fullmatch(text) else int(text, 10)

@@ -49,6 +49,8 @@ class Filtered:
 
 Value: TypeAlias = Scalar | Gradient | Filtered
 
+_ALL = (None, "*", "")
+
 
 def parse_value(raw: object, check: Callable[[object], Scalar]) -> Value:
     """Read a value from plain data.
@@ -119,6 +121,11 @@ def scalars_of(value: Value) -> tuple[Scalar, ...]:
             return tuple(scalar for c in conditions for scalar in scalars_of(c.value))
         case _:
             return (value,)
+
+
+def decides_for_all(value: Value) -> bool:
+    """Whether every tensor gets a value: there are no filters, or one of them matches every name."""
+    return not isinstance(value, Filtered) or any(c.filter in _ALL for c in value.conditions)
 
 
 def unused_filters(value: Value, names: Iterable[str]) -> tuple[str, ...]:
@@ -233,7 +240,7 @@ def _unreachable(raw: Sequence[object]) -> list[Problem]:
     for index, entry in enumerate(raw):
         if catch_all is not None:
             problems.append(Problem((index,), f"never reached: entry [{catch_all}] already matches every tensor."))
-        elif isinstance(entry, Mapping) and entry.get("filter") in (None, "*", ""):
+        elif isinstance(entry, Mapping) and entry.keys() <= {"filter", "value"} and entry.get("filter") in _ALL:
             catch_all = index
     return problems
 
