@@ -40,7 +40,7 @@ class MergeResult:
 
     Attributes:
         folder: the output, loadable by `from_pretrained`.
-        report: the content of its report.
+        report: the content of its report; empty in every process but the leading one.
     """
 
     folder: Path
@@ -48,6 +48,8 @@ class MergeResult:
 
     def summary(self) -> str:
         """What was written and what the merge is predicted to cost each source, for a terminal."""
+        if not self.report:
+            return ""
         tensors = self.report["tensors"]
         lines = [f"{self.folder}: {tensors['merged']} tensors merged, {len(tensors['copied'])} copied"]
         for label, gap in self.report["mismatch"].items():
