@@ -180,9 +180,7 @@ def _check_tiling(path: Path, tensors: Sequence[TensorInfo], start: int, size: i
     if expected > size:
         _refuse(path, f"ends at byte {expected} but the file has {size}; it is truncated", tensors[-1].name)
     if expected < size:
-        _refuse(
-            path, f"has {size} bytes; expected {expected}: the last {size - expected} belong to no tensor"
-        )
+        _refuse(path, f"has {size} bytes; expected {expected}: the last {size - expected} belong to no tensor")
 
 
 def _check_characters(path: Path, text: str) -> None:
@@ -195,9 +193,7 @@ def _check_characters(path: Path, text: str) -> None:
 def _refuse_dtype(path: Path, name: str, dtype: object) -> NoReturn:
     if isinstance(dtype, str) and dtype in PACKED_DTYPES:
         advice = "convert the checkpoint to bfloat16 first"
-        _refuse(
-            path, f"dtype {dtype} packs several values into one byte and is not supported; {advice}", name
-        )
+        _refuse(path, f"dtype {dtype} packs several values into one byte and is not supported; {advice}", name)
     _refuse(path, f"its dtype is {brief(dtype)}; expected one of {', '.join(DTYPES)}", name)
 
 

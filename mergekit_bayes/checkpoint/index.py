@@ -84,7 +84,5 @@ def _refuse_quantized(path: Path, config: Mapping[str, object]) -> None:
         for key in _QUANTIZATION_KEYS:
             if part.get(key):
                 seen = f"{shown(path)}: {shown(prefix + key)} is {brief(part[key])}"
-                expected = (
-                    "expected plain weights, not quantised codes; dequantise the model and save it again"
-                )
+                expected = "expected plain weights, not quantised codes; dequantise the model and save it again"
                 raise CheckpointError(f"{seen}; {expected}")

@@ -142,17 +142,13 @@ def _read_headers(folder: Path, names: Iterable[str], problems: list[CheckpointE
     return headers
 
 
-def _compare(
-    folder: Path, headers: Sequence[Header], index: _Index | None, problems: list[CheckpointError]
-) -> None:
+def _compare(folder: Path, headers: Sequence[Header], index: _Index | None, problems: list[CheckpointError]) -> None:
     files: dict[str, list[str]] = {}
     for header in headers:
         for name in header.tensors:
             files.setdefault(name, []).append(header.path.name)
     if not files:
-        raise CheckpointError(
-            f"{shown(folder)}: holds no tensors in {listed([h.path.name for h in headers])}"
-        )
+        raise CheckpointError(f"{shown(folder)}: holds no tensors in {listed([h.path.name for h in headers])}")
     weight_map = index.weight_map if index else {name: found[0] for name, found in files.items()}
     faults: dict[str, list[str]] = {}
     for name in sorted(files.keys() | weight_map.keys()):

@@ -76,9 +76,7 @@ def find_sidecar(folder: Path) -> Path | None:
             return folder / name
     shards = sorted(name for name in present if _SHARD.fullmatch(name))
     if shards:
-        raise CheckpointError(
-            f"{shown(folder)}: holds {listed(shards)}; expected {index_name(_STEM)} beside them"
-        )
+        raise CheckpointError(f"{shown(folder)}: holds {listed(shards)}; expected {index_name(_STEM)} beside them")
     return None
 
 
@@ -121,7 +119,8 @@ def check_sidecar(
         base_fingerprint: fingerprint of the base in use; None if there is none to compare with.
 
     Returns:
-        Every disagreement, each with both values; empty if the sidecar belongs.
+        Every disagreement, each with both values; empty if the sidecar belongs. A sidecar with a scalar prior, or from
+        a merge, may leave tensors out: there the posterior is the prior.
     """
     problems = _name_faults(sidecar, mean_tensors)
     for name in sorted(sidecar.tensors.keys() & mean_tensors.keys()):
@@ -164,14 +163,10 @@ def write_sidecar(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Sid
     target = path / _FILE if path.is_dir() else path
     index = target.with_name(index_name(target.name.removesuffix(".safetensors")))
     if index.exists():
-        raise OutputError(
-            f"{shown(index)}: exists; a single file beside it would contradict it; remove it first"
-        )
+        raise OutputError(f"{shown(index)}: exists; a single file beside it would contradict it; remove it first")
     for name, tensor in tensors.items():
         _check_values(name, tensor)
-    entries = [
-        TensorEntry(name, dtype_of(tensor), tuple(tensor.shape)) for name, tensor in sorted(tensors.items())
-    ]
+    entries = [TensorEntry(name, dtype_of(tensor), tuple(tensor.shape)) for name, tensor in sorted(tensors.items())]
     (layout,) = layout_shards(entries, stem=_STEM, max_shard_bytes=1 << 62, metadata=metadata.to_metadata())
     fresh = target.with_name(f".{target.name[:64]}.{os.getpid()}.new")
     with ShardWriter(fresh, layout) as writer:
@@ -201,12 +196,8 @@ def _metadata(headers: list[Header]) -> SidecarMetadata:
             raise CheckpointError(f"{shown(path)}: says nothing about its numbers; {expected}")
     if len(texts) > 1:
         first, second = list(texts.values())[:2]
-        raise CheckpointError(
-            f"{shown(first)}: its metadata differs from that of {shown(second)}; expected one text"
-        )
-    return SidecarMetadata.from_json(
-        next(text for text in texts if text is not None), where=shown(headers[0].path)
-    )
+        raise CheckpointError(f"{shown(first)}: its metadata differs from that of {shown(second)}; expected one text")
+    return SidecarMetadata.from_json(next(text for text in texts if text is not None), where=shown(headers[0].path))
 
 
 def _dtype_fault(info: TensorInfo) -> CheckpointError | None:
@@ -221,7 +212,6 @@ def _name_faults(sidecar: Sidecar, mean_tensors: Mapping[str, TensorInfo]) -> li
     missing = sorted(needed - sidecar.tensors.keys())
     unknown = sorted(sidecar.tensors.keys() - mean_tensors.keys())
     faults = []
-    # A merge leaves out what no source touched: there the posterior is the prior, which the metadata has.
     complete = sidecar.metadata.prior_precision is None and sidecar.metadata.estimator != "merged"
     if missing and complete:
         faults.append(
@@ -235,9 +225,7 @@ def _name_faults(sidecar: Sidecar, mean_tensors: Mapping[str, TensorInfo]) -> li
 
 def _check_values(name: str, tensor: torch.Tensor) -> None:
     if dtype_of(tensor) not in _DTYPES:
-        raise CheckpointError(
-            f"precision of {shown(name)}: dtype {tensor.dtype}; expected float32 or bfloat16"
-        )
+        raise CheckpointError(f"precision of {shown(name)}: dtype {tensor.dtype}; expected float32 or bfloat16")
     bad = int((~tensor.isfinite()).sum())
     if bad:
         raise NonFiniteError(f"precision of {shown(name)}: {bad} of {tensor.numel()} entries are not finite")

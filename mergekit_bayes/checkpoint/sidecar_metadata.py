@@ -109,9 +109,7 @@ class SidecarMetadata:
             raise CheckpointError(f"{where}: its format is {brief(values.get('format'))}; expected {FORMAT}")
         if values.get("version") != VERSION:
             seen = f"{where}: its version is {brief(values.get('version'))}"
-            raise CheckpointError(
-                f"{seen}; expected {VERSION}; a newer version of this software may have written it"
-            )
+            raise CheckpointError(f"{seen}; expected {VERSION}; a newer version of this software may have written it")
         faults = _key_faults(values) or _faults(values)
         if faults:
             raise CheckpointError(f"{where}: sidecar metadata: {'; '.join(faults)}")
