@@ -65,7 +65,6 @@ class Engine:
     Args:
         plan: the plan.
         options: how to run it.
-        precision_scale: merged precisions are multiplied by it before they are written.
         progress: called with the number of bytes read and written since the last call, from any thread.
     """
 
@@ -74,12 +73,11 @@ class Engine:
         plan: MergePlan,
         options: Options,
         *,
-        precision_scale: float = 1.0,
         progress: Progress | None = None,
     ) -> None:
         self.plan = plan
         self.options = options
-        self.precision_scale = precision_scale
+        self.precision_scale = plan.precision_scale
         self._progress = progress or (lambda _: None)
         self._reader = BlockReader()
         self._operands = OperandReader(self._reader, torch_dtype(plan.compute_dtype), options.device)

@@ -55,7 +55,8 @@ class OperandReader:
             if precision is None:
                 precision = product_variance(factors, rows).reciprocal().reshape(-1)
         assert precision is not None  # the plan gives every operand of a merge step a precision
-        return Stored(mean, precision, self._scalar(operand.divisor), self._scalar(operand.prior_share))
+        divisor = None if operand.divisor == 1.0 else self._scalar(operand.divisor)
+        return Stored(mean, precision, divisor, self._scalar(operand.prior_share))
 
     def _precision(self, operand: Operand, start: int, stop: int) -> Tensor | None:
         if isinstance(operand.precision, TensorInfo):
@@ -67,7 +68,7 @@ class OperandReader:
         return torch.tensor(operand.precision, dtype=self.dtype, device=self.device)
 
     def _scalar(self, value: float | None) -> Tensor | None:
-        if value is None or value == 1.0:
+        if value is None:
             return None
         return torch.tensor(value, dtype=self.dtype, device=self.device)
 

@@ -21,7 +21,7 @@ from mergekit_bayes.merge.adapters import adapter_steps
 from mergekit_bayes.merge.configuration import output_configuration
 from mergekit_bayes.merge.dense import dense_steps
 from mergekit_bayes.merge.inputs import Input, belongs, flatten, open_input
-from mergekit_bayes.merge.provenance import merged_metadata, metadata_strings
+from mergekit_bayes.merge.provenance import data_scale, merged_metadata, metadata_strings
 from mergekit_bayes.merge.registry import MergeMethod, get_method
 from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import CopyStep, MergeStep, Step, Unit
@@ -85,6 +85,12 @@ class MergePlan:
     def bytes_written(self) -> int:
         """Bytes of weights and precisions that will be written."""
         return sum(unit.bytes_written for unit in self.units)
+
+    @property
+    def precision_scale(self) -> float:
+        """Factor that brings merged precisions back to data scale before they are written."""
+        units = self.sidecar.num_examples if self.sidecar is not None else None
+        return data_scale(self.recipe.scale, units)
 
     @cached_property
     def job(self) -> str:

@@ -30,7 +30,7 @@ def merged_metadata(setting: Setting) -> SidecarMetadata:
     """Metadata of the merged sidecar: data scale (`sum`), with the prior of the merge."""
     known = [source.sidecar.metadata for source in setting.sources if source.sidecar is not None]
     units = {metadata.loss_unit for metadata in known}
-    scale = data_scale(setting)
+    scale = data_scale(setting.recipe.scale, _units(setting))
     prior = setting.scalar_prior if setting.needs_prior else None
     return SidecarMetadata(
         family="diagonal",
@@ -48,9 +48,9 @@ def merged_metadata(setting: Setting) -> SidecarMetadata:
     )
 
 
-def data_scale(setting: Setting) -> float:
+def data_scale(scale: str, units: int | None) -> float:
     """Factor that brings merged precisions back to data scale: 1, or the merged number of units for `scale: mean`."""
-    return 1.0 if setting.recipe.scale == "sum" else float(_units(setting) or 1)
+    return 1.0 if scale == "sum" else float(units or 1)
 
 
 def _units(setting: Setting) -> int | None:

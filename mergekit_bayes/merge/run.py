@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +152,9 @@ def _options(plan: MergePlan, device: str, threads: int | None, max_memory: int 
     if device != "cpu":
         _check_device(device)
     work = plan.bytes_read + plan.bytes_written
-    chosen = compile if compile is not None else work >= COMPILE_FROM_BYTES and _has_compiler()
+    if compile and not _can_compile():
+        raise OutputError("--compile: torch.compile does not work here; install a C++ compiler, or use --no-compile")
+    chosen = compile if compile is not None else work >= COMPILE_FROM_BYTES and _can_compile()
     options = Options(device=device, threads=threads or 0, compile=chosen)
     if max_memory is None:
         return options
@@ -173,8 +173,14 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+def _can_compile() -> bool:
+    """Whether torch.compile works here, found out by trying: it needs a C++ compiler and its headers."""
+    import torch
+
+    with suppress(Exception):  # the compiler's failures have no common class
+        torch.compile(torch.neg)(torch.ones(8))
+        return True
+    return False
 
 
 def _job(plan: MergePlan, device: str, compile: bool) -> str:

@@ -1,4 +1,4 @@
-"""Running a plan: the same bytes every time, resumed or not, in one process or two; nothing half-written ever visible."""
+"""Running a plan: the same bytes every time, resumed or not, by one process or two; nothing half-written is visible."""
 
 from __future__ import annotations
 
@@ -275,6 +275,7 @@ def test_progress_adds_up_to_the_bytes_of_the_plan(recipe: Recipe, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch.compile
 def test_a_compiled_merge_gives_the_same_tensors(
     recipe: Recipe, reference: Mapping[str, bytes], tmp_path: Path
 ) -> None:
@@ -283,6 +284,21 @@ def test_a_compiled_merge_gives_the_same_tensors(
     for name in reference:
         if name.endswith(".safetensors"):
             assert (tmp_path / "out" / name).read_bytes() == reference[name]
+
+
+def test_a_compiler_that_does_not_work_is_refused_when_asked_for(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    plan = plan_merge(load_recipe(recipe), tmp_path / "out")
+    with pytest.raises(OutputError, match="--no-compile"):
+        run_merge(plan, compile=True)
+    monkeypatch.setattr("mergekit_bayes.merge.run.COMPILE_FROM_BYTES", 0)
+    run_merge(plan)
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text())["options"]["compile"] is False
 
 
 @pytest.mark.slow
