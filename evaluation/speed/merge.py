@@ -150,6 +150,7 @@ def _whole(watched: Watched) -> dict[str, float]:
 def _process(watched: Watched) -> dict[str, float]:
     return {
         "process_seconds": watched.seconds,
+        "process_cpu_seconds": watched.cpu_seconds,
         "peak_rss": watched.peak_rss,
         "peak_anonymous": watched.peak_anonymous,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import tempfile
 import time
@@ -19,6 +20,7 @@ class Watched:
 
     Attributes:
         seconds: wall time from start to end of the process, imports included.
+        cpu_seconds: processor time of the process tree, user and system; other load hardly changes it.
         peak_rss: bytes; largest sum of resident memory over the process tree, mapped files included.
         peak_anonymous: bytes; the same for memory that no file backs, which cannot be dropped under pressure.
         exit_code: of the process.
@@ -27,6 +29,7 @@ class Watched:
     """
 
     seconds: float
+    cpu_seconds: float
     peak_rss: int
     peak_anonymous: int
     exit_code: int
@@ -46,6 +49,7 @@ def watch(command: Sequence[str], *, environment: Mapping[str, str] | None = Non
         RuntimeError: another exit code; with the end of the standard error.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        cpu = cpu_of_children()
         start = time.perf_counter()
         variables = {**os.environ, **(environment or {})}
         process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=variables)
@@ -59,12 +63,19 @@ def watch(command: Sequence[str], *, environment: Mapping[str, str] | None = Non
             except subprocess.TimeoutExpired:
                 continue
         seconds = time.perf_counter() - start
+        cpu = cpu_of_children() - cpu
         out.seek(0)
         err.seek(0)
         output, errors = out.read().decode(errors="replace"), err.read().decode(errors="replace")
     if process.returncode != expect:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{errors[-4000:]}")
-    return Watched(seconds, peak_rss, peak_anonymous, process.returncode, output, errors)
+    return Watched(seconds, cpu, peak_rss, peak_anonymous, process.returncode, output, errors)
+
+
+def cpu_of_children() -> float:
+    """Processor seconds of all child processes that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _memory(pid: int) -> tuple[int, int]:
