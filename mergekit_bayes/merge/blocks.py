@@ -124,7 +124,7 @@ def _written(formula: Formula, merged: Posterior, gaps: Tensor | None) -> Merged
     written = None
     if formula.precision_dtype is not None:
         scaled = precision if formula.precision_scale == 1.0 else precision * formula.precision_scale
-        written = scaled.expand_as(merged.mean).to(formula.precision_dtype)
+        written = scaled.expand_as(merged.mean).to(formula.precision_dtype).contiguous()
     return Merged(merged.mean.to(formula.mean_dtype), written, gaps, lowest, floored)
 
 
