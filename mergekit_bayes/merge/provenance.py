@@ -149,14 +149,15 @@ def _mismatch(plan: MergePlan, records: Mapping[str, Mapping[str, object]]) -> d
             by_source.setdefault(label, {})[name] = float(value)
     result: dict[str, object] = {}
     for source in plan.sources:
-        layers = by_source.get(source.label)
-        if layers:
+        measured = by_source.get(source.label)
+        if measured:
+            units = source.sidecar.metadata.num_examples if source.sidecar is not None else None
+            # With `scale: mean` precisions, and what is measured by them, are per unit.
+            factor = 1.0 if plan.recipe.scale == "sum" else float(units or 1)
+            layers = {name: value * factor for name, value in measured.items()}
             total = sum(layers.values())
-            result[source.label] = {
-                "total": total,
-                "per_unit": _per_unit(source, total, plan),
-                "by_layer": layers,
-            }
+            per_unit = total / units if units else None
+            result[source.label] = {"total": total, "per_unit": per_unit, "by_layer": layers}
     return result
 
 
@@ -164,13 +165,6 @@ def _measurements(records: Mapping[str, Mapping[str, object]]) -> dict[str, dict
     """What was measured by layer, without the mismatch."""
     kept = {name: {key: value for key, value in records[name].items() if key != "mismatch"} for name in sorted(records)}
     return {name: record for name, record in kept.items() if record}
-
-
-def _per_unit(source: Input, total: float, plan: MergePlan) -> float | None:
-    if plan.recipe.scale == "mean":
-        return total
-    count = source.sidecar.metadata.num_examples if source.sidecar is not None else None
-    return total / count if count else None
 
 
 def _versions(names: Sequence[str] = ("mergekit-bayes", "torch", "safetensors")) -> dict[str, str]:
