@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,12 @@ class _Representer(SafeRepresenter):
     """Scalars so that our own reader takes them for what they are; short lists on one line."""
 
 
+_WORD = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~@+-]{0,250}")
+"""Text that is written without quotes, unless it reads as a number or the like; the rest of Unicode has quotes."""
+
+
 def _text(representer: Any, value: str) -> Any:
-    plain = len(value) < 300 and value.isprintable() and resolve_scalar(value) == value
+    plain = _WORD.fullmatch(value) is not None and resolve_scalar(value) == value
     return representer.represent_scalar("tag:yaml.org,2002:str", value, style=None if plain else '"')
 
 
