@@ -8,6 +8,7 @@ not be reached.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +137,8 @@ def _split_revision(part: str, base_dir: Path | None) -> tuple[str, str | None] 
 def _candidates(reference: str, base_dir: Path | None) -> list[Path]:
     path = Path(reference)
     if reference.startswith("~"):
-        path = path.expanduser()
+        with suppress(RuntimeError):  # a home that nobody has is an ordinary name
+            path = path.expanduser()
     if path.is_absolute() or base_dir is None:
         return [path.absolute()]
     return [path.absolute(), base_dir.absolute() / path]
@@ -148,7 +150,7 @@ def _find_local(reference: str, base_dir: Path | None, *, folder: bool = True) -
     try:
         paths = _candidates(reference, base_dir)
         return next((path for path in paths if (path.is_dir() if folder else path.exists())), None)
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL in it, no such home: no local folder
+    except (OSError, ValueError):  # too long, or a NUL in it: no local folder
         return None
 
 
