@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -148,6 +149,40 @@ def test_an_interrupted_merge_leaves_no_output_and_continues_from_finished_shard
     assert interrupted.begun == ["model-00003-of-00004.safetensors", "model-00004-of-00004.safetensors"]
     assert contents(out) == reference
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+KILLED = """
+import os, signal, sys
+from mergekit_bayes import merge
+from mergekit_bayes.checkpoint.writer import ShardWriter
+
+write, left = ShardWriter.write, int(sys.argv[3])
+
+def counted(*arguments):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*arguments)
+
+ShardWriter.write = counted
+merge(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writes", [0, 5, 15])
+def test_a_killed_merge_leaves_no_output_and_is_continued(
+    recipe: Recipe, reference: Mapping[str, bytes], writes: int, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.json"), str(out), str(writes)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    assert not out.exists()
+    merge(recipe, out)
+    assert contents(out) == reference
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "recipe.json"]
 
 
 @pytest.mark.parametrize("change", ["weight", "input"])
