@@ -33,8 +33,7 @@ def make_precision(domain: str, stream: torch.Tensor) -> None:
     model = load_model(ARTEFACTS / domain, trainable=True)
     fisher = factor_fisher(model, windows[spread], seed=DOMAINS.index(domain))
     precisions = {
-        name.replace(".default.", "."): (square + PRIOR_PRECISION).float()
-        for name, square in fisher.squares.items()
+        name.replace(".default.", "."): (square + PRIOR_PRECISION).float() for name, square in fisher.squares.items()
     }
     write_sidecar(ARTEFACTS / domain, precisions, _metadata(domain, fisher))
 
@@ -73,9 +72,7 @@ def factor_fisher(model: torch.nn.Module, windows: torch.Tensor, *, seed: int) -
         row: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ids = row["ids"].unsqueeze(0)
-        logits = functional_call(
-            model, {**params, **buffers}, (), {"input_ids": ids, "use_cache": False}
-        ).logits
+        logits = functional_call(model, {**params, **buffers}, (), {"input_ids": ids, "use_cache": False}).logits
         return logits[0, :-1], torch.ones(WINDOW - 1)
 
     batches = ({"ids": rows} for rows in windows.split(32))

@@ -42,16 +42,12 @@ def read_domain(domain: str) -> dict[str, str]:
         return dict(sorted(topics.items()))
     if domain == "headers":
         return _read_files(Path(sysconfig.get_path("include")), "*.h")
-    return {
-        name: text for name, text in _read_library().items() if not _OTHER_CODE.intersection(Path(name).parts)
-    }
+    return {name: text for name, text in _read_library().items() if not _OTHER_CODE.intersection(Path(name).parts)}
 
 
 def read_other_code() -> dict[str, str]:
     """Python source outside the `code` domain: tests and two bundled applications. Only the base sees it."""
-    return {
-        name: text for name, text in _read_library().items() if _OTHER_CODE.intersection(Path(name).parts)
-    }
+    return {name: text for name, text in _read_library().items() if _OTHER_CODE.intersection(Path(name).parts)}
 
 
 def split_domain(domain: str) -> Split:

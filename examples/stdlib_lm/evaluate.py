@@ -86,9 +86,7 @@ def loss_table(losses: dict[str, dict[str, float]]) -> Table:
 
 def main() -> None:
     """Print the table for the folders on the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     folders = parser.parse_args().folders
     tokens = held_out_tokens()

@@ -8,20 +8,22 @@ from pathlib import Path
 from corpus import DOMAINS
 
 DESCRIPTIONS = {
-    "base": "pretrained on a mix: half Python outside the library proper, the rest from all three domains",
+    "base": "pretrained mostly on Python outside the library proper, a little on the library and the headers",
     "code": "fine-tuned on the source of the Python standard library",
     "docs": "fine-tuned on the Python language reference (the topics of `pydoc_data`)",
     "headers": "fine-tuned on the C headers of CPython",
 }
 
 CARD = """---
-license: psf-2.0
+license: apache-2.0
 library_name: {library}
 ---
 # stdlib_lm: {name}
 
-{kind}, {description}. Made by `examples/stdlib_lm/train.py` for the example beside it. It is far too small
-and too briefly trained to be useful for anything but trying out merges on a CPU.
+{kind}, {description}.
+
+Made by `examples/stdlib_lm/train.py` for the example beside it, from text of the Python distribution. It is far too
+small and too briefly trained to be useful for anything but trying out merges on a CPU.
 
 Held-out loss in nats per token ({window}-token windows, text in `held_out/`):
 
@@ -43,9 +45,7 @@ def publish(folder: Path, losses: dict[str, float], *, window: int) -> None:
     card = CARD.format(
         library="peft" if is_adapter else "transformers",
         name=folder.name,
-        kind="A LoRA adapter (rank 8) for `base`"
-        if is_adapter
-        else "A Llama of 1.8 million parameters in bfloat16",
+        kind="A LoRA adapter (rank 8) for `base`" if is_adapter else "A Llama of 1.8 million parameters in bfloat16",
         description=DESCRIPTIONS[folder.name],
         window=window,
         headings=" | ".join(DOMAINS),

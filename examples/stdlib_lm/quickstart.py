@@ -27,15 +27,9 @@ MODELS = ("base", "code", "docs", "headers")
 
 def main() -> None:
     """Evaluate what is there, merge, evaluate the merges, print one table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--full", action="store_true", help="evaluate on all held-out text instead of its first part"
-    )
-    parser.add_argument(
-        "--keep", type=Path, help="write the merges into this folder instead of a temporary one"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="evaluate on all held-out text instead of its first part")
+    parser.add_argument("--keep", type=Path, help="write the merges into this folder instead of a temporary one")
     options = parser.parse_args()
     os.chdir(ROOT)  # recipes name their inputs relative to the repository
     with tempfile.TemporaryDirectory() as temporary:

@@ -53,7 +53,7 @@ def make_adapters() -> None:
     streams = training_streams()
     for seed, domain in enumerate(DOMAINS, start=11):
         model = new_adapter(ARTEFACTS / "base", seed=seed)
-        train(model, streams, {domain: 1.0}, adapter_schedule(seed), name=domain)
+        train(model, streams, {domain: 1.0}, adapter_schedule(domain, seed=seed), name=domain)
         model.save_pretrained(ARTEFACTS / domain, save_embedding_layers=False)
 
 
@@ -91,9 +91,7 @@ STAGES: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     """Run the chosen stages in order."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     chosen = parser.parse_args().stages
     for name, stage in STAGES.items():

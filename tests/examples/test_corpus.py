@@ -35,11 +35,7 @@ def test_held_out_text_is_not_in_any_training_text(example, domain):
         pytest.skip("this Python's standard library is not the one the artefacts were made from")
     training = [text for split in splits.values() for text in split.train.values()]
     training += without_paragraphs_of(held_out, read_other_code()).values()
-    long = {
-        paragraph
-        for paragraph in _paragraphs(committed.replace("<|endoftext|>", "\n\n"))
-        if len(paragraph) >= 60
-    }
+    long = {paragraph for paragraph in _paragraphs(committed.replace("<|endoftext|>", "\n\n")) if len(paragraph) >= 60}
     assert len(long) > 50
     assert not long.intersection(*[set().union(*map(_paragraphs, training))])
     assert not splits[domain].train.keys() & splits[domain].held_out.keys()
