@@ -10,22 +10,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from mergekit_bayes.checkpoint.adapter import LoraModule
-from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.index import Checkpoint
 from mergekit_bayes.errors import (
+    CheckpointError,
     MergekitBayesError,
     MissingInputError,
     MissingTensorError,
     ShapeMismatchError,
 )
+from mergekit_bayes.merge.attach import (
+    EMBEDDING_WORDS,
+    Attached,
+    attach,
+    embeddings_changed,
+    no_target,
+    tied_partner,
+    ties,
+)
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting, check_dtype, mergeable
 from mergekit_bayes.merge.steps import CopyStep, LowRank, MergeStep, Operand, Step
 from mergekit_bayes.recipe import layer_positions
-
-EMBEDDING_WORDS = ("emb", "wte", "shared", "word")
-"""Parts of names under which input embeddings go; an absent output head can only be tied to one of those."""
-
 
 @dataclass(frozen=True)
 class DenseInput:
@@ -33,19 +39,19 @@ class DenseInput:
 
     Attributes:
         source: the input.
-        tensors: its dense tensors; those of the base for an adapter that comes without a checkpoint.
-        modules: LoRA modules by the name of the dense tensor they change.
-        saved: tensors that the adapter stores whole and that replace dense ones, by dense name.
+        home: the checkpoint its dense tensors lie in; the base for an adapter that comes without one.
+        tensors: its dense tensors, with a name of their own for heads that the checkpoint ties.
+        adapter: what its adapter does to them; nothing for a checkpoint.
     """
 
     source: Input
+    home: Checkpoint
     tensors: Mapping[str, TensorInfo]
-    modules: Mapping[str, LoraModule]
-    saved: Mapping[str, TensorInfo]
+    adapter: Attached = Attached()
 
     def stored(self, name: str) -> TensorInfo:
         """The dense tensor under this name, before a LoRA update."""
-        return self.saved.get(name) or self.tensors[name]
+        return self.adapter.saved.get(name) or self.tensors[name]
 
 
 def dense_steps(setting: Setting) -> tuple[list[Step], bool]:
@@ -62,14 +68,14 @@ def dense_steps(setting: Setting) -> tuple[list[Step], bool]:
     if reference is None or any(found is None for found in inputs):
         return [], False
     sources = [found for found in inputs if found is not None]
-    names, ties = _names(setting, reference, sources)
-    untied = any(name not in reference.tensors for name in ties)
+    names, heads = _names(setting, reference, sources)
+    setting.problems.extend(error for source in sources for error in _changes_a_tied_head(source, heads))
     if setting.problems:
-        return [], untied
+        return [], False
     positions = layer_positions(names)
-    reference, sources = _tie(reference, ties), [_tie(source, ties) for source in sources]
+    reference, sources = _tie(reference, heads), [_tie(source, heads) for source in sources]
     steps = [_step(setting, reference, sources, name, positions[name]) for name in names]
-    return [step for step in steps if step is not None], untied
+    return [step for step in steps if step is not None], any(name not in reference.home.tensors for name in heads)
 
 
 def _reference(setting: Setting, inputs: list[DenseInput | None]) -> DenseInput | None:
@@ -88,91 +94,45 @@ def _dense_input(source: Input, setting: Setting) -> DenseInput | None:
             MissingInputError(f"{source.label} is an adapter; expected a base_model to merge it into (space: full)")
         )
         return None
-    tensors = checkpoint.tensors
-    modules: dict[str, LoraModule] = {}
-    saved: dict[str, TensorInfo] = {}
-    if source.adapter is not None:
-        for name, module in source.adapter.modules.items():
-            target = locate(source.adapter.base_tensor(name), tensors)
-            if target is None:
-                setting.problems.append(_no_target(source, name, checkpoint.reference))
-            else:
-                modules[target] = module
-                setting.problems.extend(check_update(source, module, tensors[target]))
-        for name, tensor in source.adapter.saved.items():
-            target = locate(name, tensors)
-            if target is None:
-                setting.problems.append(_no_target(source, name, checkpoint.reference))
-            else:
-                saved[target] = tensor
-        setting.problems.extend(check_copies(source, tensors))
-    return DenseInput(source, tensors, modules, saved)
-
-
-def check_copies(source: Input, tensors: Mapping[str, TensorInfo]) -> Iterator[MergekitBayesError]:
-    """Refuse an adapter that comes with an embedding or head of its own, which a change of vocabulary leaves behind.
-
-    PEFT stores copies of the base's tensors beside an adapted embedding; they say nothing unless they differ.
-    """
-    for name, copy in source.adapter.base_copies.items() if source.adapter is not None else ():
-        target = locate(name, tensors)
-        if target is None:
-            continue
-        stored = replace(tensors[target], name=copy.name)
-        same_dtype = stored.dtype == copy.dtype
-        if stored.shape != copy.shape or (
-            same_dtype and fingerprint({copy.name: stored}) != fingerprint({copy.name: copy})
-        ):
-            yield ShapeMismatchError(
-                f"{source.label}: brings its own {name}, shape {copy.shape}, that is not the base's {stored.shape}; "
-                "was the vocabulary resized? expected an adapter on the base's own embedding"
-            )
-
-
-def locate(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Find the checkpoint's name of an adapted tensor; published checkpoints may lack the model's outermost prefix."""
-    if name in tensors:
-        return name
-    short = name.partition(".")[2]
-    return short if short in tensors else None
-
-
-def _no_target(source: Input, name: str, base: str) -> MissingTensorError:
-    return MissingTensorError(
-        f"{source.label}: adapts {name}, but {base} has no such tensor; expected an adapter trained on this base"
-    )
-
-
-def check_update(source: Input, module: LoraModule, target: TensorInfo) -> list[MergekitBayesError]:
-    """Refuse an update whose shape is not that of the weight it changes."""
-    rows, columns = module.b.shape[0], module.a.shape[1]
-    shape = (columns, rows) if module.transposed or module.kind == "embedding" else (rows, columns)
-    if shape == target.shape:
-        return []
-    return [
-        ShapeMismatchError(
-            f"{source.label}: {module.name} updates a weight of shape {shape}, but {target.name} is {target.shape} "
-            f"in {target.path.parent.name}; expected an adapter trained on this base"
-        )
-    ]
+    if source.adapter is None:
+        return DenseInput(source, checkpoint, checkpoint.tensors)
+    attached, problems = attach(source, checkpoint)
+    setting.problems.extend(problems)
+    setting.problems.extend(no_target(source, name, checkpoint) for name in attached.fresh)
+    return DenseInput(source, checkpoint, {**checkpoint.tensors, **attached.heads}, attached)
 
 
 def _names(setting: Setting, reference: DenseInput, sources: list[DenseInput]) -> tuple[list[str], dict[str, str]]:
     """Names of the output's tensors, and for each tensor that some input ties instead of storing, its partner there."""
     inputs = (reference, *sources)
-    ties: dict[str, str] = {}
+    heads: dict[str, str] = {}
     for name in sorted({name for source in inputs for name in source.tensors}):
-        absent = [source for source in inputs if name not in source.tensors]
+        absent = [source for source in inputs if name not in source.home.tensors]
         if not absent:
             continue
         partner = next((found for source in inputs if (found := tied_partner(name, source.tensors))), None)
-        if partner is not None and all(_ties(source.source) and partner in source.tensors for source in absent):
-            ties[name] = partner
+        if partner is not None and all(ties(source.home.config) and partner in source.tensors for source in absent):
+            heads[name] = partner
             where = ", ".join(dict.fromkeys(source.source.label for source in absent))
             setting.notes.append(f"{name}: tied to {partner} in {where}, stored by the others; written on its own")
         else:
             setting.problems.extend(_unaccounted(name, reference, absent, inputs))
-    return sorted({*reference.tensors, *ties}), ties
+    return sorted({*reference.tensors, *heads}), heads
+
+
+def _changes_a_tied_head(source: DenseInput, heads: Mapping[str, str]) -> Iterator[MergekitBayesError]:
+    """Refuse to write an embedding that an adapter changes where the head tied to it would change too.
+
+    The adapter leaves that head alone. A head that some input names gets weights of its own; without its name, which
+    only the architecture knows, nothing can be written for it.
+    """
+    for name in embeddings_changed(source.adapter, source.home):
+        if name not in heads.values():
+            yield CheckpointError(
+                f"{source.source.label}: changes {name}, which is also the output head of {source.home.reference} "
+                "(tie_word_embeddings) and would change it too; expected an adapter of other layers, or use "
+                "space: product"
+            )
 
 
 def _unaccounted(
@@ -190,26 +150,6 @@ def _unaccounted(
                 f"{source.source.label}: has a tensor {name} that {reference.source.label} has not; "
                 "expected the same tensors in every input"
             )
-
-
-def _ties(source: Input) -> bool:
-    config = source.checkpoint.config if source.checkpoint is not None else {}
-    text = config.get("text_config")
-    nested = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    return bool(config.get("tie_word_embeddings", nested if nested is not None else True))
-
-
-def tied_partner(name: str, tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The one embedding that a head of this name can be tied to: same shape, named like an input embedding."""
-    head = tensors.get(name)
-    if head is None or len(head.shape) != 2:
-        return None
-    found = [
-        other
-        for other, tensor in tensors.items()
-        if other != name and tensor.shape == head.shape and any(word in other for word in EMBEDDING_WORDS)
-    ]
-    return found[0] if len(found) == 1 else None
 
 
 def _tie(source: DenseInput, ties: Mapping[str, str]) -> DenseInput:
@@ -234,7 +174,7 @@ def _step(
     if weights is None:
         return None
     untouched = all(
-        tensor == stored and name not in source.modules for tensor, source in zip(others.values(), sources, strict=True)
+        tensor == stored and name not in source.adapter.modules for tensor, source in zip(others.values(), sources, strict=True)
     )
     # Only a plain weighted sum (linear without normalisation) changes what all inputs share.
     same = setting.method.base == "required" or setting.uses_precision or abs(sum(weights) - 1.0) < 1e-9
@@ -243,7 +183,10 @@ def _step(
         return CopyStep(name, dtype, stored, (), "no source changes it")
     base = setting.with_prior(Operand(reference.source.label, stored), name)
     found = [(_operand(setting, source, name), weight) for source, weight in zip(sources, weights, strict=True)]
-    known = [(operand, weight) for operand, weight in found if operand is not None]
+    # Sums of floats depend on their order; that of the recipe must not show.
+    known = sorted(
+        ((operand, weight) for operand, weight in found if operand is not None), key=lambda pair: pair[0].label
+    )
     return MergeStep(
         name,
         stored.shape,
@@ -257,7 +200,7 @@ def _step(
 
 def _operand(setting: Setting, source: DenseInput, name: str) -> Operand | None:
     """One source's posterior of one tensor; None where it has nothing to say (no prior and no precision)."""
-    module, whole = source.modules.get(name), source.saved.get(name)
+    module, whole = source.adapter.modules.get(name), source.adapter.saved.get(name)
     operand = Operand(source.source.label, source.stored(name), None if module is None else _low_rank(module))
     found = setting.posterior_of(source.source, operand, name if whole is None else whole.name)
     untouched = source.source.adapter is not None and module is None and whole is None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from mergekit_bayes.checkpoint.disk import format_bytes, free_bytes
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.memory import peak_memory
 from mergekit_bayes.merge.plan import MergePlan
-from mergekit_bayes.merge.steps import CopyStep, ModuleStep, Step
+from mergekit_bayes.merge.steps import CopyStep, ModuleStep, Step, weights_by_label
 
 
 def plan_text(plan: MergePlan, *, steps: bool = True) -> str:
@@ -68,17 +68,18 @@ def _notes(plan: MergePlan) -> list[str]:
 
 
 def _steps(plan: MergePlan) -> list[str]:
-    rows = [_row(step) for step in plan.steps]
+    rows = [_row(step, [source.label for source in plan.sources]) for step in plan.steps]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in rows
     ]
 
 
-def _row(step: Step) -> tuple[str, str, str, str, str]:
+def _row(step: Step, labels: Sequence[str]) -> tuple[str, str, str, str, str]:
     if isinstance(step, CopyStep):
         return "copy", step.name, _shape(step.shape), step.dtype, step.reason
-    weights = ", ".join(f"{weight:g}" for weight in step.weights)
+    known = weights_by_label(step)
+    weights = ", ".join(f"{known[label]:g}" if label in known else "-" for label in labels)
     if isinstance(step, ModuleStep):
         shape = f"{step.out_features} x {step.in_features}, rank {step.rank}"
         return step.mode, step.name, shape, step.dtype, f"weights {weights}"

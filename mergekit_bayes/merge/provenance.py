@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
-from mergekit_bayes.merge.steps import CopyStep
+from mergekit_bayes.merge.steps import CopyStep, weights_by_label
 
 if TYPE_CHECKING:
     from mergekit_bayes.merge.plan import MergePlan
@@ -132,12 +132,12 @@ def _input(source: Input, role: str) -> dict[str, object]:
 
 
 def _weights(plan: MergePlan) -> dict[str, object]:
-    """Effective weights by source where they are the same for every tensor, else by tensor."""
-    steps = [step for step in plan.steps if not isinstance(step, CopyStep)]
-    found = {step.weights for step in steps}
-    if len(found) == 1 and len(steps[0].sources) == len(plan.sources):
-        return dict(zip((source.label for source in plan.sources), found.pop(), strict=True))
-    return {step.name: list(step.weights) for step in steps}
+    """Effective weights by source where they are the same for every tensor, else by tensor and source."""
+    found = {step.name: weights_by_label(step) for step in plan.steps if not isinstance(step, CopyStep)}
+    shared = {label: weight for weights in found.values() for label, weight in weights.items()}
+    if all(weights.items() <= shared.items() for weights in found.values()):
+        return dict(shared)
+    return dict(found)
 
 
 def _mismatch(plan: MergePlan, records: Mapping[str, Mapping[str, object]]) -> dict[str, object]:

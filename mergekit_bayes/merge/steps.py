@@ -94,7 +94,8 @@ class MergeStep:
         dtype: safetensors dtype it is written in.
         precision_dtype: safetensors dtype of its merged precision, or None when none is written.
         base: the shared base and prior precision S_0.
-        sources: the task posteriors, in the order of the recipe.
+        sources: the task posteriors; a full merge has them in the order of their labels, so that the order of the
+            recipe does not decide how sums are rounded.
         weights: one effective weight per source.
     """
 
@@ -229,6 +230,12 @@ class ModuleStep:
 
 
 Step = MergeStep | CopyStep | ModuleStep
+
+
+def weights_by_label(step: MergeStep | ModuleStep) -> dict[str, float]:
+    """The effective weight of every source that takes part in a step, by its label."""
+    pairs = zip(step.sources, step.weights, strict=True)
+    return {source.label: weight for source, weight in pairs if source is not None}
 
 
 @dataclass(frozen=True)

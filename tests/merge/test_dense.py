@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from mergekit_bayes.merge.registry import get_method, method_names
+from mergekit_bayes.merge.run import merge
 from tests.merge.builders import read_json, read_metadata
 from tests.merge.dense_problem import (
     LAYER,
@@ -149,3 +152,23 @@ def test_merged_sidecar_says_what_it_is(method: str, tmp_path: Path) -> None:
     assert metadata.num_examples == sum(problem.counts)
     assert metadata.prior_precision == (0.5 if method in WITH_PRIOR else None)
     assert metadata.prior_mean == "base"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_order_of_sources_does_not_change_a_byte(method: str, tmp_path: Path) -> None:
+    problem = write_problem(tmp_path)
+    written = []
+    for order in itertools.permutations(range(3)):
+        recipe = problem.recipe(method)
+        recipe["models"] = [recipe["models"][index] for index in order]
+        out = merge(recipe, tmp_path / "".join(map(str, order)), threads=1).folder
+        files = sorted(out.glob("*.safetensors"))
+        written.append({file.name: file.read_bytes() for file in files} | {"report": report_without_order(out)})
+    assert all(other == written[0] for other in written)
+
+
+def report_without_order(folder: Path) -> bytes:
+    """The report but for its list of inputs, which has the order of the recipe."""
+    report = read_json(folder / "merge_report.json")
+    report["inputs"].sort(key=lambda entry: entry["reference"])
+    return json.dumps(report).encode()
