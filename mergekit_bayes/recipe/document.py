@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import (
     AliasEvent,
     CollectionStartEvent,
@@ -124,10 +124,8 @@ def _build(text: str, name: str) -> tuple[object, _Builder]:
             builder.take(event)
     except _StopError as stop:
         builder.problems.append((stop.location, stop.message))
-    except MarkedYAMLError as error:
+    except YAMLError as error:
         builder.problems.append(_syntax(error))
-    except YAMLError as error:  # readers and scanners that know no place
-        builder.problems.append((Location(1, 1), " ".join(str(error).split())))
     if builder.problems:
         raise RecipeError([f"{name}:{place}  {message}" for place, message in sorted(builder.problems)])
     return builder.root, builder
@@ -262,12 +260,10 @@ def _end_of(text: str) -> Location:
     return Location(len(lines), len(lines[-1]) + 1)
 
 
-def _syntax(error: MarkedYAMLError) -> tuple[Location, str]:
-    mark = error.problem_mark or error.context_mark
+def _syntax(error: YAMLError) -> tuple[Location, str]:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     location = Location(mark.line + 1, mark.column + 1) if mark else Location(1, 1)
-    message = f"{error.problem or error.context}"
-    if error.problem and error.context:
-        message += f" ({error.context})"
-    if "\\t" in message:
-        message += ". Indent with spaces, not tabs"
-    return location, f"not YAML: {' '.join(message.split())}."
+    said = [getattr(error, "problem", None) or str(error), getattr(error, "context", None)]
+    message = " ".join(" (".join(filter(None, said)).split()) + ")" * bool(said[1])
+    hint = " Indent with spaces, not tabs." if "\\t" in message else ""
+    return location, f"not YAML: {message}.{hint}"

@@ -268,6 +268,13 @@ def test_precisions_of_a_source(precision: object, kept: object) -> None:
     assert type(found) is type(kept)
 
 
+@pytest.mark.parametrize("prior", [None, 2, 1e-3, "base/precision.safetensors"])
+def test_priors(prior: object) -> None:
+    found = load(two(precision={"prior": prior})).precision.prior
+    assert found == prior
+    assert type(found) is type(prior)
+
+
 @pytest.mark.parametrize("precision", [True, 0, -1, float("nan"), float("inf"), "", [], {}])
 def test_what_is_no_precision_of_a_source(precision: object) -> None:
     models = [{"model": "a", "parameters": {"weight": 1}, "precision": precision}]
