@@ -72,10 +72,11 @@ class WorkFolder:
             _delete(self._discarded)
             if not self._replaced.exists():
                 return
-            if not self.target.exists() or is_empty(self.target):
+            published = not self.staging.exists()
+            if not self.target.exists() or (is_empty(self.target) and not published):
                 self._replaced.rename(self.target)
                 sync_folder(self.target.parent)
-            elif self.staging.exists():
+            elif not published:
                 raise OutputError(
                     f"{shown(self._replaced)}: holds the former content of {shown(self.target)}, where "
                     "something else has appeared since; move one of the two away"
@@ -112,7 +113,7 @@ class WorkFolder:
             overwrite: whether a target that is not empty may be replaced.
 
         Raises:
-            OSError: nothing was published; the target is as it was, or `recover` will make it so.
+            OSError: nothing was published; the target is as it was, or will be after `recover`.
         """
         sync_tree(self.staging)
         if self.target.exists():
@@ -120,12 +121,7 @@ class WorkFolder:
             self.staging.chmod(stat.S_IMODE(self.target.stat().st_mode))
             if overwrite and not is_empty(self.target):
                 self.target.rename(self._replaced)
-        try:
-            self.staging.rename(self.target)
-        except BaseException:
-            if self._replaced.exists() and not self.target.exists():
-                self._replaced.rename(self.target)
-            raise
+        self.staging.rename(self.target)
         sync_folder(self.target.parent)
         sync_folder(self.path)
 

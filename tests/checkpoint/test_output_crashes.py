@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,25 @@ from tests.checkpoint.outputs import contents, leave_unfinished, output_at, publ
 CRASHES = Path(__file__).with_name("crashes.py")
 
 
-@pytest.mark.parametrize("fault", ["kill before", "kill after", "kill twice", "error", "interrupt"])
-@pytest.mark.parametrize("scenario", ["absent", "empty", "former", "same job", "other job", "cut swap"])
+FAULTS = ("kill before", "kill after", "kill twice", "error", "interrupt")
+SCENARIOS = ("absent", "empty", "former", "same job", "other job", "cut swap")
+QUICK = {
+    ("absent", "kill before"),
+    ("former", "kill after"),
+    ("same job", "kill twice"),
+    ("other job", "interrupt"),
+    ("cut swap", "error"),
+}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "fault"),
+    [
+        pytest.param(scenario, fault, marks=[] if (scenario, fault) in QUICK else pytest.mark.slow)
+        for scenario in SCENARIOS
+        for fault in FAULTS
+    ],
+)
 def test_no_fault_at_any_system_call_leaves_half_an_output(scenario: str, fault: str) -> None:
     command = [sys.executable, "-W", "ignore", str(CRASHES), scenario, fault]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -73,6 +91,23 @@ def test_what_a_killed_clean_up_left_is_removed_even_without_overwrite(tmp_path:
         pass
     assert contents(tmp_path / "out") == {"a": "new"}
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_half_deleted_former_output_is_never_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "out", {"a": "old", "b": "old"})
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", delete_one_file)
+        with pytest.warns(UserWarning, match=r"cannot be removed: .*busy"):
+            publish(tmp_path / "out", {"a": "new"}, overwrite=True)
+    assert contents(tmp_path / "out") == {"a": "new"}
+    shutil.rmtree(tmp_path / "out")
+    output_at(tmp_path / "out").recover()
+    assert list(tmp_path.iterdir()) == []
+
+
+def delete_one_file(folder: Path) -> None:
+    next(folder.iterdir()).unlink()
+    raise OSError(errno.EBUSY, "busy")
 
 
 def test_recovery_of_nothing_is_nothing(tmp_path: Path) -> None:

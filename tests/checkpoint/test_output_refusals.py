@@ -197,6 +197,7 @@ def test_links_in_what_is_cleared_away_are_not_followed(tmp_path: Path) -> None:
     with OutputFolder(tmp_path / "out", overwrite=True, inputs=[], job="1") as output:
         output.publish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
+    assert list((tmp_path / "out").iterdir()) == []
     assert (tmp_path / "precious" / "x").read_text() == "keep"
 
 
