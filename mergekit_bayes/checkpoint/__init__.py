@@ -10,8 +10,11 @@
     sidecar      the precisions beside a checkpoint, and in sidecar_metadata what they mean
     fingerprint  which weights these are, without reading all of them
     reader       blocks of tensors from disk
+    layout       where every tensor of an output goes
     writer       blocks of tensors to disk
-    output       the output folder: locked, staged, published whole
+    output       the output folder: published whole or not at all; its parts are
+                 placement (may it go there), lock, work (where it is prepared) and journal (what is finished)
+    disk         durable files, free space, and readable system errors
 
 Everything but reading and writing blocks works without importing torch.
 """

@@ -34,22 +34,20 @@ def fingerprint(tensors: Mapping[str, TensorInfo]) -> str:
     Raises:
         CheckpointError: a file cannot be opened, or ends before a tensor does.
     """
-    digests = {name: digest for path in _paths(tensors) for name, digest in _digests_in(path, tensors)}
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in tensors.values():
+        by_file.setdefault(info.path, []).append(info)
+    digests = {name: digest for path in sorted(by_file) for name, digest in _digests(path, by_file[path])}
     whole = hashlib.blake2b(digest_size=16)
     for name in sorted(digests):
         whole.update(digests[name])
     return _PREFIX + whole.hexdigest()
 
 
-def _paths(tensors: Mapping[str, TensorInfo]) -> list[Path]:
-    return sorted({info.path for info in tensors.values()})
-
-
-def _digests_in(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bytes]]:
+def _digests(path: Path, tensors: list[TensorInfo]) -> Iterator[tuple[str, bytes]]:
     descriptor = open_regular(path)
     try:
-        here = [info for info in tensors.values() if info.path == path]
-        for info in sorted(here, key=lambda info: info.offset):
+        for info in sorted(tensors, key=lambda info: info.offset):
             yield info.name, _digest(descriptor, info)
     finally:
         os.close(descriptor)

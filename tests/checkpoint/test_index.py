@@ -273,6 +273,13 @@ def test_a_bad_config_is_refused(folder_of, config, parts):
     refused(folder_of({"model.safetensors": ["a"]}, config=config), *parts)
 
 
+def test_a_config_of_absurd_size_is_refused_unread(folder_of):
+    folder = folder_of({"model.safetensors": ["a"]})
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(10**12)  # sparse: takes no space on disk
+    refused(folder, "config.json: has 1000000000000 bytes; expected JSON of at most 100000000")
+
+
 def test_an_empty_quantization_config_means_none(folder_of):
     folder = folder_of({"model.safetensors": ["a"]}, config='{"quantization_config": null}')
     assert open_checkpoint(folder).config == {"quantization_config": None}
