@@ -10,6 +10,7 @@ import json
 import os
 import reprlib
 import stat
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -171,8 +172,7 @@ def _in_hub_store(target: Path) -> bool:
 def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in result if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {shown(twice)} appears twice")
     return result
 
