@@ -12,7 +12,7 @@ the transpose.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -83,6 +83,7 @@ class Adapter:
         tensors: what was trained, that is factors and saved tensors, by the name in the file, sorted; a
             sidecar describes these.
         revision: the commit it was downloaded at; None for a local folder.
+        metadata: the strings in the header of its file.
     """
 
     reference: str
@@ -93,6 +94,7 @@ class Adapter:
     base_copies: Mapping[str, TensorInfo]
     tensors: Mapping[str, TensorInfo]
     revision: str | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def base_tensor(module: str) -> str:
@@ -140,6 +142,7 @@ def open_adapter(folder: Path, *, reference: str | None = None, revision: str | 
         base_copies=MappingProxyType(dict(sorted(parts.base_copies.items()))),
         tensors=MappingProxyType({k: header.tensors[k] for k in sorted(header.tensors) if k not in copies}),
         revision=revision,
+        metadata=header.metadata,
     )
 
 

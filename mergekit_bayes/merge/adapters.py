@@ -12,7 +12,7 @@ from mergekit_bayes.errors import (
     MissingTensorError,
     ShapeMismatchError,
 )
-from mergekit_bayes.merge.dense import check_copies, check_update, locate
+from mergekit_bayes.merge.attach import attach, base_weight
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import LowRank, MergeStep, ModuleStep, Operand, Step
@@ -29,7 +29,7 @@ def adapter_steps(setting: Setting) -> list[Step]:
         One step per adapted module and per tensor that adapters store whole, sorted by name.
     """
     adapters = [_adapter_of(source) for source in setting.sources]
-    _check_against_base(setting, adapters)
+    _check_against_base(setting)
     modules = sorted({name for adapter in adapters for name in adapter.modules})
     saved = sorted({name for adapter in adapters for name in adapter.saved})
     targets = {name: adapters[0].base_tensor(name) for name in modules}
@@ -45,23 +45,12 @@ def _adapter_of(source: Input) -> Adapter:
     return source.adapter
 
 
-def _check_against_base(setting: Setting, adapters: list[Adapter]) -> None:
-    if setting.base is None or setting.base.checkpoint is None:
-        return
-    tensors = setting.base.checkpoint.tensors
-    for source, adapter in zip(setting.sources, adapters, strict=True):
-        setting.problems.extend(check_copies(source, tensors))
-        for name, module in adapter.modules.items():
-            target = locate(adapter.base_tensor(name), tensors)
-            if target is None:
-                setting.problems.append(
-                    MissingTensorError(
-                        f"{source.label}: adapts {name}, but {setting.base.label} has no such weight; "
-                        "expected an adapter trained on this base"
-                    )
-                )
-            else:
-                setting.problems.extend(check_update(source, module, tensors[target]))
+def _check_against_base(setting: Setting) -> None:
+    base = setting.base.checkpoint if setting.base is not None else None
+    for source in setting.sources:
+        home = source.checkpoint or base
+        if home is not None:
+            setting.problems.extend(attach(source, home)[1])
 
 
 def _module_step(
@@ -129,11 +118,11 @@ def _module_problems(setting: Setting, name: str, found: list[LoraModule | None]
                     f"{first.b.shape[0]} x {first.a.shape[1]} in {label}; expected adapters of one base"
                 )
             )
-        if (module.kind, module.transposed) != (first.kind, first.transposed):
+        if module.kind != first.kind:
             problems.append(
                 ShapeMismatchError(
-                    f"{name}: {module.kind} (fan_in_fan_out {module.transposed}) in {other}, "
-                    f"{first.kind} (fan_in_fan_out {first.transposed}) in {label}; expected the same kind of layer"
+                    f"{name}: adapted as {module.kind} in {other}, as {first.kind} in {label}; "
+                    "expected the same kind of layer"
                 )
             )
         if setting.space == "factor" and module.rank != first.rank:
@@ -169,11 +158,10 @@ def _pad(steps: list[ModuleStep]) -> list[Step]:
 
 def _saved_step(setting: Setting, adapters: list[Adapter], name: str, position: float) -> Step | None:
     """A module that adapters store whole; an adapter without it keeps the base's weights."""
-    base = setting.base.checkpoint if setting.base is not None else None
-    target = locate(name, base.tensors) if base is not None else None
-    base_tensor = base.tensors[target] if base is not None and target is not None else None
-    found = [adapter.saved.get(name, base_tensor) for adapter in adapters]
     stored = next(adapter.saved[name] for adapter in adapters if name in adapter.saved)
+    base = setting.base.checkpoint if setting.base is not None else None
+    base_tensor = base_weight(name, stored.shape, base) if base is not None else None
+    found = [adapter.saved.get(name, base_tensor) for adapter in adapters]
     absent = [s.label for s, tensor in zip(setting.sources, found, strict=True) if tensor is None]
     if absent or (base_tensor is None and setting.method.base == "required"):
         setting.problems.append(

@@ -33,6 +33,7 @@ from mergekit_bayes.merge.setting import Setting, check_dtype, mergeable
 from mergekit_bayes.merge.steps import CopyStep, LowRank, MergeStep, Operand, Step
 from mergekit_bayes.recipe import layer_positions
 
+
 @dataclass(frozen=True)
 class DenseInput:
     """One input seen as a full checkpoint.
@@ -47,7 +48,7 @@ class DenseInput:
     source: Input
     home: Checkpoint
     tensors: Mapping[str, TensorInfo]
-    adapter: Attached = Attached()
+    adapter: Attached
 
     def stored(self, name: str) -> TensorInfo:
         """The dense tensor under this name, before a LoRA update."""
@@ -86,20 +87,32 @@ def _reference(setting: Setting, inputs: list[DenseInput | None]) -> DenseInput 
 
 
 def _dense_input(source: Input, setting: Setting) -> DenseInput | None:
-    checkpoint = source.checkpoint
-    if checkpoint is None and setting.base is not None:
-        checkpoint = setting.base.checkpoint
+    checkpoint = _checkpoint_under(source, setting)
     if checkpoint is None:
-        setting.problems.append(
-            MissingInputError(f"{source.label} is an adapter; expected a base_model to merge it into (space: full)")
-        )
         return None
     if source.adapter is None:
-        return DenseInput(source, checkpoint, checkpoint.tensors)
+        return DenseInput(source, checkpoint, checkpoint.tensors, Attached())
     attached, problems = attach(source, checkpoint)
     setting.problems.extend(problems)
     setting.problems.extend(no_target(source, name, checkpoint) for name in attached.fresh)
     return DenseInput(source, checkpoint, {**checkpoint.tensors, **attached.heads}, attached)
+
+
+def _checkpoint_under(source: Input, setting: Setting) -> Checkpoint | None:
+    """The full weights that an input stands for or stands on."""
+    if source.checkpoint is not None:
+        return source.checkpoint
+    if setting.base is None or setting.base.checkpoint is None:
+        why = f"{source.label} is an adapter; expected a base_model to merge it into (space: full)"
+    elif setting.base.adapter is not None:
+        why = (
+            f"{source.label} is an adapter, and the base {setting.base.label} has one too, so it is not known what it "
+            "was trained on; expected model+adapter"
+        )
+    else:
+        return setting.base.checkpoint
+    setting.problems.append(MissingInputError(why))
+    return None
 
 
 def _names(setting: Setting, reference: DenseInput, sources: list[DenseInput]) -> tuple[list[str], dict[str, str]]:
@@ -161,7 +174,7 @@ def _tie(source: DenseInput, ties: Mapping[str, str]) -> DenseInput:
 def _step(
     setting: Setting, reference: DenseInput, sources: list[DenseInput], name: str, position: float
 ) -> Step | None:
-    stored = reference.tensors[name]
+    stored = reference.stored(name)
     others = {source.source.label: source.stored(name) for source in sources}
     problems = _disagreements(name, reference.source.label, stored, others)
     if problems:
@@ -173,19 +186,20 @@ def _step(
     weights = setting.try_weights(name, position)
     if weights is None:
         return None
-    untouched = all(
-        tensor == stored and name not in source.adapter.modules for tensor, source in zip(others.values(), sources, strict=True)
+    untouched = all(others[source.source.label] == stored for source in sources) and not any(
+        name in source.adapter.modules for source in (reference, *sources)
     )
     # Only a plain weighted sum (linear without normalisation) changes what all inputs share.
     same = setting.method.base == "required" or setting.uses_precision or abs(sum(weights) - 1.0) < 1e-9
     # A base sidecar's own precisions must reach the merged sidecar; a scalar prior is in its metadata.
     if untouched and same and not (setting.precision_dtype and setting.scalar_prior is None):
         return CopyStep(name, dtype, stored, (), "no source changes it")
-    base = setting.with_prior(Operand(reference.source.label, stored), name)
-    found = [(_operand(setting, source, name), weight) for source, weight in zip(sources, weights, strict=True)]
+    base = _base_operand(setting, reference, name)
+    operands = [_operand(setting, source, name, stored.name) for source in sources]
     # Sums of floats depend on their order; that of the recipe must not show.
     known = sorted(
-        ((operand, weight) for operand, weight in found if operand is not None), key=lambda pair: pair[0].label
+        ((operand, weight) for operand, weight in zip(operands, weights, strict=True) if operand is not None),
+        key=lambda pair: pair[0].label,
     )
     return MergeStep(
         name,
@@ -198,12 +212,22 @@ def _step(
     )
 
 
-def _operand(setting: Setting, source: DenseInput, name: str) -> Operand | None:
+def _base_operand(setting: Setting, reference: DenseInput, name: str) -> Operand:
+    stored, module = reference.stored(name), reference.adapter.modules.get(name)
+    # A method without a base does not look at its mean, so it need not be read.
+    unused = setting.method.base == "unused"
+    low_rank = None if module is None or unused else _low_rank(module)
+    operand = Operand(reference.source.label, None if unused else stored, low_rank)
+    return setting.with_prior(operand, stored.name)
+
+
+def _operand(setting: Setting, source: DenseInput, name: str, base_name: str) -> Operand | None:
     """One source's posterior of one tensor; None where it has nothing to say (no prior and no precision)."""
-    module, whole = source.adapter.modules.get(name), source.adapter.saved.get(name)
-    operand = Operand(source.source.label, source.stored(name), None if module is None else _low_rank(module))
-    found = setting.posterior_of(source.source, operand, name if whole is None else whole.name)
-    untouched = source.source.adapter is not None and module is None and whole is None
+    module, stored = source.adapter.modules.get(name), source.stored(name)
+    operand = Operand(source.source.label, stored, None if module is None else _low_rank(module))
+    # Where a head is tied, its precision is that of the embedding.
+    found = setting.posterior_of(source.source, operand, stored.name, base_name=base_name)
+    untouched = source.source.adapter is not None and module is None and name not in source.adapter.saved
     if found is None and not untouched:
         setting.problems.append(setting.no_precision(source.source, name))
     return found
