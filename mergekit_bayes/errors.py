@@ -13,6 +13,7 @@
     |-- NumericalError               numbers that no posterior can have
     |   |-- NonFiniteError             NaN or infinity
     |   `-- NonPositivePrecisionError  a precision that is zero or negative
+    |-- PeerError                    another process of the same work failed
     `-- PlanError                    several of the above, found together before any work started
 
 Messages say what failed, on what, what was seen and what was expected, and what to do. The command turns every one of
@@ -82,6 +83,10 @@ class NonFiniteError(NumericalError):
 
 class NonPositivePrecisionError(NumericalError):
     """A precision that is zero or negative; the message gives the share of entries."""
+
+
+class PeerError(MergekitBayesError):
+    """Another process of the same work failed; the message repeats what it said."""
 
 
 class PlanError(MergekitBayesError):

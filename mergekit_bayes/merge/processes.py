@@ -11,11 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from mergekit_bayes.errors import MergekitBayesError
-
-
-class PeerError(MergekitBayesError):
-    """Another process of the same merge failed; its own message says why."""
+from mergekit_bayes.errors import PeerError
 
 
 @dataclass

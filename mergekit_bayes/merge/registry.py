@@ -39,15 +39,6 @@ WeightRule = Callable[[tuple[float, ...], Mapping[str, object]], tuple[float, ..
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
-# Names people bring along from mergekit recipes; a misspelling hint would be misleading for them.
-# fmt: off
-MERGEKIT_ONLY = frozenset({
-    "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
-    "karcher", "lrp", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl",
-    "sce", "slerp", "ties",
-})
-# fmt: on
-
 
 class MergeKernel(Protocol):
     """The function behind a merge method: posteriors of one tensor, or of a block of it, in; their merge out.
@@ -209,7 +200,10 @@ def get_method(name: str) -> MergeMethod:
         if name == method.name or name in method.aliases:
             return method
     known = ", ".join(f"`{each}`" for each in method_names())
-    if name in MERGEKIT_ONLY:
+    # Only on the way to an error: recipes bring pydantic along.
+    from mergekit_bayes.recipe.mergekit_words import METHODS
+
+    if name in METHODS:
         raise UnknownMethodError(f"merge method `{name}` is mergekit's and not supported here; there are {known}")
     names = [each for method in methods() for each in (method.name, *method.aliases)]
     near = difflib.get_close_matches(name, names, n=1)
