@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from mergekit_bayes.checkpoint.dtypes import DTYPES, dtype_named
+from mergekit_bayes.checkpoint.dtypes import dtype_named
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.errors import (
     MergekitBayesError,
@@ -137,7 +137,9 @@ class Setting:
         if isinstance(self.recipe.precision.prior, int | float):
             return float(self.recipe.precision.prior)
         if self.base is not None and self.base.sidecar is not None and self.space == "full":
-            return None
+            if self.base.adapter is None:
+                return None
+            self.notes.append(f"{self.base.label}: the precision of the base's adapter is not used as a prior")
         return self._agreed_prior()
 
     def _agreed_prior(self) -> float | None:
@@ -195,13 +197,16 @@ class Setting:
             divisor = self.divisors[self.base.label]
         return replace(operand, precision=prior, divisor=divisor)
 
-    def posterior_of(self, source: Input, operand: Operand, name: str) -> Operand | None:
+    def posterior_of(
+        self, source: Input, operand: Operand, name: str, *, base_name: str | None = None
+    ) -> Operand | None:
         """The operand with the precision that recipe and sidecar give it.
 
         Args:
             source: the input it belongs to.
             operand: mean and low-rank update, without precisions.
             name: name of the dense tensor in the sidecar.
+            base_name: name of the same tensor in the base, if it has another one there.
 
         Returns:
             The operand; None where the method needs a precision and there is none. A tensor that a sidecar leaves
@@ -223,7 +228,7 @@ class Setting:
         if self.needs_prior and (source.sidecar is not None or self.method.precision == "optional"):
             if source.adapter is None or operand.low_rank is not None or name in source.adapter.tensors:
                 self.prior_only.setdefault(source.label, []).append(name)
-            return self.with_prior(operand, name)
+            return self.with_prior(operand, base_name or name)
         return None
 
     def no_precision(self, source: Input, name: str) -> MissingInputError:
@@ -285,8 +290,8 @@ def mergeable(tensor: TensorInfo) -> bool:
 
 
 def check_dtype(name: str, tensor: TensorInfo) -> ShapeMismatchError | None:
-    """The refusal of a dtype that only makes sense together with scales (fp8, fp4), or None."""
-    if DTYPES[tensor.dtype].floating and not mergeable(tensor):
+    """The refusal of a dtype that only makes sense together with scales (fp8), or None."""
+    if tensor.dtype.startswith("F8"):
         return ShapeMismatchError(
             f"{tensor.path}: {name} is stored as {tensor.dtype}; expected one of {', '.join(MERGEABLE)}; "
             "dequantise the checkpoint first"
