@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Sidecar",
     "SidecarMetadata",
+    "check_base",
     "check_sidecar",
     "find_sidecar",
     "open_sidecar",
@@ -128,17 +129,30 @@ def check_sidecar(
         if shape != mean_shape:
             seen = f"{shown(sidecar.path)}: precision of {shown(name)} has shape {shape}"
             problems.append(SidecarMismatchError(f"{seen}; expected {mean_shape}, as in the checkpoint"))
-    metadata = sidecar.metadata
-    if metadata.mean_fingerprint != mean_fingerprint:
-        seen = f"{shown(sidecar.path)}: describes weights with fingerprint {metadata.mean_fingerprint}"
+    described = sidecar.metadata.mean_fingerprint
+    if described != mean_fingerprint:
+        seen = f"{shown(sidecar.path)}: describes weights with fingerprint {described}"
         expected = f"expected {mean_fingerprint}, that of the weights beside it"
         problems.append(SidecarMismatchError(f"{seen}; {expected}; were they trained further or replaced?"))
-    recorded = metadata.base_fingerprint
-    if recorded is not None and base_fingerprint is not None and recorded != base_fingerprint:
-        model = f" ({shown(metadata.base_model)})" if metadata.base_model else ""
-        seen = f"{shown(sidecar.path)}: belongs to a base with fingerprint {recorded}{model}"
-        problems.append(SidecarMismatchError(f"{seen}; expected {base_fingerprint}, that of the base in use"))
-    return problems
+    return [*problems, *check_base(sidecar, base_fingerprint)]
+
+
+def check_base(sidecar: Sidecar, base_fingerprint: str | None) -> list[SidecarMismatchError]:
+    """Compares the base that a sidecar records with the one in use.
+
+    Args:
+        sidecar: the precisions.
+        base_fingerprint: fingerprint of the base in use; None if there is none to compare with.
+
+    Returns:
+        The disagreement, with both values; empty if there is none, or the sidecar records no base.
+    """
+    recorded, model = sidecar.metadata.base_fingerprint, sidecar.metadata.base_model
+    if recorded is None or base_fingerprint in (None, recorded):
+        return []
+    seen = f"{shown(sidecar.path)}: belongs to a base with fingerprint {recorded}"
+    name = f" ({shown(model)})" if model else ""
+    return [SidecarMismatchError(f"{seen}{name}; expected {base_fingerprint}, that of the base in use")]
 
 
 def write_sidecar(path: Path, tensors: Mapping[str, torch.Tensor], metadata: SidecarMetadata) -> Path:

@@ -16,7 +16,7 @@ from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.index import Checkpoint, open_checkpoint
 from mergekit_bayes.checkpoint.reference import parse_reference, resolve
-from mergekit_bayes.checkpoint.sidecar import Sidecar, check_sidecar, find_sidecar, open_sidecar
+from mergekit_bayes.checkpoint.sidecar import Sidecar, check_base, check_sidecar, find_sidecar, open_sidecar
 from mergekit_bayes.errors import CheckpointError, MergekitBayesError, PlanError
 
 
@@ -39,10 +39,11 @@ class Input:
     scalar_precision: float | None = None
 
     @property
-    def folders(self) -> tuple[Path, ...]:
-        """Folders that are read."""
+    def places(self) -> tuple[Path, ...]:
+        """Files and folders that are read, and that an output must not replace."""
         parts = (self.checkpoint, self.adapter)
-        return tuple(part.folder for part in parts if part is not None)
+        folders = tuple(part.folder for part in parts if part is not None)
+        return folders if self.sidecar is None else (*folders, self.sidecar.path)
 
     @property
     def mean_tensors(self) -> Mapping[str, TensorInfo]:
@@ -118,14 +119,25 @@ def belongs(source: Input, base: Input | None) -> list[MergekitBayesError]:
     """Every reason why the sidecar of `source` does not describe it, or describes it on another base."""
     if source.sidecar is None:
         return []
-    base_print = base.fingerprint if base is not None and base is not source and base.checkpoint is not None else None
     found = check_sidecar(
         source.sidecar,
         mean_tensors=source.mean_tensors,
         mean_fingerprint=source.fingerprint,
-        base_fingerprint=base_print,
+        base_fingerprint=_base_fingerprint(source, base),
     )
     return list(found)
+
+
+def on_its_base(source: Input, base: Input | None) -> list[MergekitBayesError]:
+    """The reason why a full checkpoint was not trained from `base`, as far as its sidecar knows."""
+    return [] if source.sidecar is None else list(check_base(source.sidecar, _base_fingerprint(source, base)))
+
+
+def _base_fingerprint(source: Input, base: Input | None) -> str | None:
+    """What a checkpoint's sidecar should name as its base; adapters are compared with the weights they stand on."""
+    if base is None or base is source or base.checkpoint is None or base.adapter is not None:
+        return None
+    return None if source.adapter is not None else base.fingerprint
 
 
 def flatten(error: MergekitBayesError) -> tuple[MergekitBayesError, ...]:

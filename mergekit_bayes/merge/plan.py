@@ -20,7 +20,7 @@ from mergekit_bayes.errors import MergekitBayesError, MissingInputError, PlanErr
 from mergekit_bayes.merge.adapters import adapter_steps
 from mergekit_bayes.merge.configuration import output_configuration
 from mergekit_bayes.merge.dense import dense_steps
-from mergekit_bayes.merge.inputs import Input, belongs, flatten, open_input
+from mergekit_bayes.merge.inputs import Input, belongs, flatten, on_its_base, open_input
 from mergekit_bayes.merge.provenance import data_scale, merged_metadata, metadata_strings
 from mergekit_bayes.merge.registry import MergeMethod, get_method
 from mergekit_bayes.merge.setting import Setting
@@ -175,6 +175,8 @@ def _setting(recipe: MergeRecipe, folder: Path) -> Setting:
     space = _space(recipe, method, base, sources, problems)
     if method.precision != "unused":
         problems.extend(problem for opened in sources for problem in belongs(opened, base))
+    elif method.base == "required":
+        problems.extend(problem for opened in sources for problem in on_its_base(opened, base))
     if base is not None and method.prior == "required":
         problems.extend(belongs(base, None))
     setting = Setting(recipe, method, base, tuple(sources), space, tuple(indices), problems, notes)

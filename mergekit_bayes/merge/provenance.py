@@ -62,7 +62,7 @@ def _units(setting: Setting) -> int | None:
 
 def _base_fingerprint(setting: Setting) -> str | None:
     if setting.base is not None and setting.base.checkpoint is not None:
-        return setting.base.fingerprint
+        return setting.base.fingerprint if setting.base.adapter is None else None
     known = {source.sidecar.metadata.base_fingerprint for source in setting.sources if source.sidecar is not None}
     return known.pop() if len(known) == 1 else None
 

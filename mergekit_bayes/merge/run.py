@@ -123,7 +123,7 @@ def run_merge(
     folder = OutputFolder(
         plan.out,
         overwrite=overwrite,
-        inputs=[path for source in plan.inputs for path in source.folders],
+        inputs=[path for source in plan.inputs for path in source.places],
         job=_job(plan, options.device, options.compile),
         leader=processes.leader,
     )
