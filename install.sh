@@ -55,5 +55,6 @@ echo "install.sh: installing mergekit_bayes${extras:+[$extras]} into $venv (the 
 install pip setuptools
 # torch on its own first: whatever needs it then keeps this build instead of choosing another one
 install torch
-install --no-build-isolation --editable ".${extras:+[$extras]}"
+# the build tool's advice about editable installs is not for those who follow these lines
+PYTHONWARNINGS=ignore install --no-build-isolation --editable ".${extras:+[$extras]}"
 echo "$wanted" >"$stamp"

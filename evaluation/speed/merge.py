@@ -46,7 +46,7 @@ def streaming(workdir: Path, size: Size, repeats: int) -> dict[str, Any]:
     """Gradient matching of three sources with precisions, against `cp` and the plain expression."""
     folder, out = workdir / "streaming", workdir / "out"
     write_inputs(folder, size, sources=3, precisions=True)
-    recipe = _recipe(folder, "gradient_matching", 3, precision=True)
+    recipe = write_recipe(folder, "gradient_matching", 3, precision=True)
     files = sorted(folder.glob("*/*.safetensors"))
     nbytes = sum(file.stat().st_size for file in files)
     _warm(files)
@@ -93,9 +93,9 @@ def against_mergekit(workdir: Path, sizes: Sequence[Size], repeats: int, mergeki
     write_inputs(workdir / "small", small, sources=6, precisions=False)
     write_inputs(workdir / "large", large, sources=2, precisions=False)
     recipes = {
-        "2 sources": _recipe(workdir / "small", "task_arithmetic", 2),
-        "6 sources": _recipe(workdir / "small", "task_arithmetic", 6),
-        "2 sources, 4 x larger": _recipe(workdir / "large", "task_arithmetic", 2),
+        "2 sources": write_recipe(workdir / "small", "task_arithmetic", 2),
+        "6 sources": write_recipe(workdir / "small", "task_arithmetic", 6),
+        "2 sources, 4 x larger": write_recipe(workdir / "large", "task_arithmetic", 2),
     }
     for name in ("small", "large"):
         _warm(sorted(workdir.glob(f"{name}/*/*.safetensors")))
@@ -128,7 +128,7 @@ def against_mergekit(workdir: Path, sizes: Sequence[Size], repeats: int, mergeki
 
 def starting(workdir: Path, repeats: int, mergekit: Path | None) -> dict[str, Any]:
     """How long one waits for help, for a plan and for the news of a typing error."""
-    good = _recipe(workdir / "small", "task_arithmetic", 2)
+    good = write_recipe(workdir / "small", "task_arithmetic", 2)
     bad = good.with_name("misspelt.yaml")
     bad.write_text(good.read_text().replace("weight:", "wieght:"))
     command = str(Path(sys.executable).parent / "bayes-merge")
@@ -156,7 +156,7 @@ def _process(watched: Watched) -> dict[str, float]:
     }
 
 
-def _recipe(folder: Path, method: str, sources: int, *, precision: bool = False) -> Path:
+def write_recipe(folder: Path, method: str, sources: int, *, precision: bool = False) -> Path:
     """Write a recipe that both programs read; without precisions it holds nothing mergekit does not know."""
     weight = 1.0 if precision else round(1 / sources, 3)
     lines = [f"merge_method: {method}", f"base_model: {folder / 'base'}", "models:"]
