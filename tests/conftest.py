@@ -60,9 +60,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoints
 
 
 @pytest.fixture(scope="session")
-def tiny_adapter(
-    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: TinyCheckpoints
-) -> TinyCheckpoints:
+def tiny_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: TinyCheckpoints) -> TinyCheckpoints:
     """`tiny_adapter("llama", seed=1, r=4)` -> folder of a PEFT adapter of `tiny_checkpoint("llama")`."""
     root = tmp_path_factory.mktemp("tiny_adapters")
     built: dict[str, Path] = {}

@@ -35,9 +35,7 @@ HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib"
 
 def _sources() -> list[tuple[str, Path]]:
     """Every library file with the name of the layer it belongs to."""
-    library = [
-        (path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py")
-    ]
+    library = [(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py")]
     command = [("cli", path) for path in (ROOT / "cli").rglob("*.py")]
     return sorted(library + command, key=lambda item: str(item[1]))
 
@@ -68,9 +66,7 @@ def test_public_names_are_sorted_importable_and_documented() -> None:
     names = mergekit_bayes.__all__
     assert list(names) == sorted(names)
     assert len(set(names)) == len(names)
-    undocumented = [
-        name for name in names if not (inspect.getdoc(getattr(mergekit_bayes, name)) or "").strip()
-    ]
+    undocumented = [name for name in names if not (inspect.getdoc(getattr(mergekit_bayes, name)) or "").strip()]
     assert [name for name in undocumented if not name.startswith("__")] == []
 
 
@@ -81,17 +77,11 @@ def test_every_public_name_is_in_the_readme() -> None:
 
 
 def test_every_error_is_in_the_tree_and_under_its_root() -> None:
-    classes = [
-        value
-        for _, value in inspect.getmembers(errors, inspect.isclass)
-        if value.__module__ == errors.__name__
-    ]
+    classes = [value for _, value in inspect.getmembers(errors, inspect.isclass) if value.__module__ == errors.__name__]
     assert errors.MergekitBayesError in classes
     for error in classes:
         assert issubclass(error, errors.MergekitBayesError)
-        assert re.search(rf"\b{error.__name__}\b", errors.__doc__ or ""), (
-            f"{error.__name__} is not in the tree"
-        )
+        assert re.search(rf"\b{error.__name__}\b", errors.__doc__ or ""), f"{error.__name__} is not in the tree"
 
 
 def test_errors_are_raised_from_one_tree_only() -> None:
@@ -134,9 +124,7 @@ def test_light_modules_import_without_the_heavy_libraries(place: str) -> None:
         f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
         f"print(sorted(set(sys.modules) & set({HEAVY!r})))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 

@@ -56,9 +56,7 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         "LlamaForCausalLM", "LlamaConfig", {**_DECODER, **_UNTIED, "num_hidden_layers": 5, "vocab_size": 24}
     ),
     "llama_tied": TinyModel("LlamaForCausalLM", "LlamaConfig", {**_DECODER, **_TIED}),
-    "llama_bias": TinyModel(
-        "LlamaForCausalLM", "LlamaConfig", {**_DECODER, **_UNTIED, "attention_bias": True}
-    ),
+    "llama_bias": TinyModel("LlamaForCausalLM", "LlamaConfig", {**_DECODER, **_UNTIED, "attention_bias": True}),
     "qwen2": TinyModel("Qwen2ForCausalLM", "Qwen2Config", {**_DECODER, **_UNTIED}),
     "qwen2_tied": TinyModel("Qwen2ForCausalLM", "Qwen2Config", {**_DECODER, **_TIED}),
     "mistral": TinyModel("MistralForCausalLM", "MistralConfig", {**_DECODER, **_UNTIED}),
@@ -127,9 +125,7 @@ def save_tiny_model(
         The folder.
     """
     model = tiny_model(name, seed=seed, drift=drift, dtype=dtype)
-    model.save_pretrained(
-        folder, max_shard_size=max_shard_size, save_original_format=TINY_MODELS[name].original_format
-    )
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=TINY_MODELS[name].original_format)
     return folder
 
 

@@ -68,9 +68,7 @@ def write_golden(case: Case, scratch: Path, target: Path) -> None:
 
 def main() -> None:
     """Write one golden file per case."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=GOLDEN)
     parser.add_argument("cases", nargs="*", metavar="CASE")
     arguments = parser.parse_args()

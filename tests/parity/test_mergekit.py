@@ -41,9 +41,7 @@ def test_recipe_gives_the_weights_of_mergekit(
     ours, theirs = _tensors(tmp_path / "merged"), _golden(case)
     operands = [_tensors(inputs / name) for name in SOURCES if re.search(rf"\b{name}\b", case.recipe)]
     assert theirs.keys() <= ours.keys()
-    unexplained = [
-        name for name in ours.keys() - theirs.keys() if not any(part in name for part in case.dropped)
-    ]
+    unexplained = [name for name in ours.keys() - theirs.keys() if not any(part in name for part in case.dropped)]
     assert unexplained == []
     for name, tensor in theirs.items():
         excess = rounding_excess(
