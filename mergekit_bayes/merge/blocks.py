@@ -101,7 +101,7 @@ def combine(formula: Formula, base: Stored, sources: Sequence[Stored], weights: 
         formula: the arithmetic.
         base: the base's mean and prior precision S_0.
         sources: the task posteriors.
-        weights: shape (sources,), in the compute dtype.
+        weights: shape (sources,), float64: what they leave for the base is taken before rounding.
 
     Returns:
         The merged block.

@@ -85,7 +85,7 @@ def diagnose_precision(
         NonPositivePrecisionError: always otherwise.
     """
     exact = replace(formula, precision_dtype=formula.dtype, with_mismatch=False, precision_scale=1.0)
-    weights = torch.tensor(step.weights, dtype=formula.dtype, device=operands.device)
+    weights = torch.tensor(step.weights, dtype=torch.float64, device=operands.device)
     lost, lowest = 0, float("inf")
     for start, stop in ranges:
         merged = in_chunks(exact)(*operands.block(step, start, stop), weights)

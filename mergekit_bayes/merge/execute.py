@@ -180,7 +180,7 @@ class Engine:
     ) -> Record:
         formula = self._formula(step)
         base, sources = self._operands.block(step, start, stop)
-        weights = torch.tensor(step.weights, dtype=formula.dtype, device=self.options.device)
+        weights = torch.tensor(step.weights, dtype=torch.float64, device=self.options.device)
         merged = self._combine(formula)(base, sources, weights)
         self._check(step, merged, base, sources)
         mean.write(step.name, start, merged.mean.cpu())
