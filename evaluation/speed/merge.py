@@ -1,6 +1,6 @@
 """How fast and how lean a merge is, side by side with `cp`, a plain expression and mergekit, in one run.
 
-    python -m evaluation.speed.merge --workdir FOLDER --mergekit .venv-mergekit/bin/python
+    python -m evaluation.speed.merge --workdir FOLDER [FOLDER...] --mergekit .venv-mergekit/bin/python
 
 Writes results.json and results.png beside this file and prints the tables. FOLDER needs about 25 GB and
 should lie on the kind of disk that models lie on. Runs of the things compared alternate, medians are
@@ -179,6 +179,13 @@ def _warm(files: Sequence[Path]) -> None:
                 pass
 
 
+def _filesystem(folder: Path) -> str:
+    """The type of filesystem a folder lies on, such as ext4 or tmpfs."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    around = [(point, kind) for point, kind in mounts if folder.is_relative_to(point)]
+    return max(around, key=lambda mount: len(mount[0]))[1]
+
+
 def _machine() -> dict[str, Any]:
     model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     memory = Path("/proc/meminfo").read_text().split()[1]
@@ -196,24 +203,27 @@ def _machine() -> dict[str, Any]:
 def main() -> None:
     """Run the parts asked for and write results, tables and figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument(
+        "--workdir", type=Path, nargs="+", required=True, help="streaming is measured in each, the rest in the first"
+    )
     parser.add_argument("--mergekit", type=Path, help="python of an environment with mergekit 0.1.5")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=HERE, help="folder for results.json and results.png")
     parser.add_argument("--tiny", action="store_true", help="models of 0.4 MB: does the benchmark work?")
     arguments = parser.parse_args()
-    workdir = arguments.workdir.resolve()
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdirs = [workdir.resolve() for workdir in arguments.workdir]
+    for workdir in workdirs:
+        workdir.mkdir(parents=True, exist_ok=True)
     names = ("tiny", "tiny") if arguments.tiny else ("half_gigabyte", "two_gigabytes")
     sizes = [SIZES[name] for name in names]
     results = {
         "date": date.today().isoformat(),
-        "command": "python -m evaluation.speed.merge --workdir FOLDER --mergekit PYTHON"
+        "command": f"python -m evaluation.speed.merge --workdir{' FOLDER' * len(workdirs)} --mergekit PYTHON"
         f" --repeats {arguments.repeats}{' --tiny' if arguments.tiny else ''}",
         "machine": _machine(),
-        "streaming": streaming(workdir, sizes[0], arguments.repeats),
-        "mergekit": against_mergekit(workdir, sizes, arguments.repeats, arguments.mergekit),
-        "start": starting(workdir, arguments.repeats, arguments.mergekit),
+        "streaming": {_filesystem(each): streaming(each, sizes[0], arguments.repeats) for each in workdirs},
+        "mergekit": against_mergekit(workdirs[0], sizes, arguments.repeats, arguments.mergekit),
+        "start": starting(workdirs[0], arguments.repeats, arguments.mergekit),
     }
     results["verdicts"] = verdicts(results)
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -28,18 +28,17 @@ def throughput(runs: Sequence[Mapping[str, float]]) -> float:
 
 def verdicts(results: Results) -> list[dict[str, Any]]:
     """What is promised, what was measured, and whether it holds."""
-    streaming, start = results["streaming"]["runs"], results["start"]["runs"]
-    against = results["mergekit"]["runs"]
+    start, against = results["start"]["runs"], results["mergekit"]["runs"]
     ours = {name: runs for name, runs in against.items() if name.startswith("mergekit_bayes")}
     anonymous = [middle(runs, "peak_anonymous") for runs in ours.values()]
     small = against["mergekit_bayes, 2 sources"]
-    found = [
-        _at_least("compiled, throughput over that of cp", _ratio(streaming, "compiled", "cp"), 0.5),
-        _at_least(
-            "not compiled, throughput over the plain expression's",
-            _ratio(streaming, "not compiled", "plain expression"),
-            3,
-        ),
+    found = []
+    for filesystem, streaming in results["streaming"].items():
+        copied = _ratio(streaming["runs"], "compiled", "cp")
+        plain = _ratio(streaming["runs"], "not compiled", "plain expression")
+        found.append(_at_least(f"{filesystem}: compiled, throughput over that of cp", copied, 0.5))
+        found.append(_at_least(f"{filesystem}: not compiled, throughput over the plain expression's", plain, 3))
+    found += [
         _at_most("peak RSS, MiB", middle(small, "peak_rss") / MIB, 700),
         _at_most("peak anonymous memory, largest over smallest", max(anonymous) / min(anonymous), 1.1),
     ]
@@ -65,19 +64,12 @@ def _at_most(what: str, measured: float, wanted: float) -> dict[str, Any]:
 
 def tables(results: Results) -> str:
     """The results as Markdown."""
-    return "\n\n".join(
-        [
-            _streaming(results),
-            _mergekit(results),
-            _starting(results),
-            _verdicts(results),
-            _conditions(results),
-        ]
-    )
+    streaming = [_streaming(name, part["runs"]) for name, part in results["streaming"].items()]
+    rest = [_mergekit(results), _starting(results), _verdicts(results), _conditions(results)]
+    return "\n\n".join([*streaming, *rest])
 
 
-def _streaming(results: Results) -> str:
-    runs = results["streaming"]["runs"]
+def _streaming(filesystem: str, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     rows = []
     for name, each in runs.items():
         first = [run["first_seconds"] - run["seconds"] for run in each if "first_seconds" in run]
@@ -98,7 +90,7 @@ def _streaming(results: Results) -> str:
             )
         )
     head = (
-        "gradient matching, 3 sources",
+        f"gradient matching, 3 sources, on {filesystem}",
         "GB read + written",
         "seconds",
         "GB/s",
@@ -163,11 +155,14 @@ def figure(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    streaming, against = results["streaming"]["runs"], results["mergekit"]["runs"]
+    against = results["mergekit"]["runs"]
     panels = (
-        (
-            "throughput, GB/s\n(gradient matching, 3 sources with precisions)",
-            {name: throughput(runs) / 1e9 for name, runs in streaming.items()},
+        *(
+            (
+                f"throughput on {filesystem}, GB/s\n(gradient matching, 3 sources with precisions)",
+                {name: throughput(runs) / 1e9 for name, runs in streaming["runs"].items()},
+            )
+            for filesystem, streaming in results["streaming"].items()
         ),
         (
             "whole process, seconds\n(task arithmetic)",
@@ -178,7 +173,7 @@ def figure(results: Results, path: Path) -> None:
             {name: middle(runs, "peak_anonymous") / MIB for name, runs in against.items()},
         ),
     )
-    drawing, axes = pyplot.subplots(1, len(panels), figsize=(15, 3.4), layout="constrained")
+    drawing, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.4), layout="constrained")
     for axis, (title, values) in zip(axes, panels, strict=True):
         names = list(values)[::-1]
         mine = {"compiled", "not compiled"}
