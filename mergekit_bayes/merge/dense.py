@@ -195,7 +195,7 @@ def _step(
     if untouched and same and not (setting.precision_dtype and setting.scalar_prior is None):
         return CopyStep(name, dtype, stored, (), "no source changes it")
     base = _base_operand(setting, reference, name)
-    operands = [_operand(setting, source, name, stored.name) for source in sources]
+    operands = [_operand(setting, source, name, stored) for source in sources]
     # Sums of floats depend on their order; that of the recipe must not show.
     known = sorted(
         ((operand, weight) for operand, weight in zip(operands, weights, strict=True) if operand is not None),
@@ -221,14 +221,14 @@ def _base_operand(setting: Setting, reference: DenseInput, name: str) -> Operand
     return setting.with_prior(operand, stored.name)
 
 
-def _operand(setting: Setting, source: DenseInput, name: str, base_name: str) -> Operand | None:
+def _operand(setting: Setting, source: DenseInput, name: str, base: TensorInfo) -> Operand | None:
     """One source's posterior of one tensor; None where it has nothing to say (no prior and no precision)."""
     module, stored = source.adapter.modules.get(name), source.stored(name)
     operand = Operand(source.source.label, stored, None if module is None else _low_rank(module))
     # Where a head is tied, its precision is that of the embedding.
-    found = setting.posterior_of(source.source, operand, stored.name, base_name=base_name)
-    untouched = source.source.adapter is not None and module is None and name not in source.adapter.saved
-    if found is None and not untouched:
+    found = setting.posterior_of(source.source, operand, stored.name, base_name=base.name)
+    leaves_it = source.source.adapter is not None and module is None and stored == base
+    if found is None and not leaves_it:
         setting.problems.append(setting.no_precision(source.source, name))
     return found
 
