@@ -47,7 +47,7 @@ class Merged(NamedTuple):
         mean: shape (elements,), in the output dtype.
         precision: shape (elements,) in the sidecar's dtype, or None where none is written.
         mismatch: shape (sources,), the block's share of 0.5 sum (m - m_t)^2 (S_t - S_0); None where not asked for.
-        lowest_precision: 0-dim, the smallest merged precision; None where the family is isotropic or the block empty.
+        lowest_precision: 0-dim, the smallest merged precision; None where the block is empty.
         floored: 0-dim, how many entries the floor raised; None without a floor.
     """
 
@@ -118,9 +118,10 @@ def combine(formula: Formula, base: Stored, sources: Sequence[Stored], weights: 
 
 def _written(formula: Formula, merged: Posterior, gaps: Tensor | None) -> Merged:
     precision = merged.precision_tensor()
-    diagonal = precision.dim() > 0
-    lowest = precision.amin() if diagonal and precision.numel() else None
-    floored = (precision <= formula.floor).sum() if diagonal and formula.floor is not None else None
+    lowest = precision.amin() if merged.mean.numel() else None
+    floored = None
+    if formula.floor is not None:
+        floored = (precision <= formula.floor).expand_as(merged.mean).sum()
     written = None
     if formula.precision_dtype is not None:
         scaled = precision if formula.precision_scale == 1.0 else precision * formula.precision_scale
