@@ -47,7 +47,8 @@ class SidecarMetadata:
         steps: optimizer steps taken.
         batch_size: training units per step.
         debiased: whether the initial curvature's share was removed.
-        adapter_scaling: s in dW = s B A while training, if the same for all modules.
+        adapter_scaling: s in dW = s B A while training, if the same for all modules; the prior of B is meant at
+            this scaling, also where a merge has baked another one into B.
         scale: `sum`: the loss is summed over the N units, prior included once.
         base_model: name of the base.
         base_fingerprint: fingerprint of the base.

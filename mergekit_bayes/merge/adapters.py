@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mergekit_bayes.checkpoint.adapter import Adapter, LoraModule
+from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.errors import (
+    CheckpointError,
     MergekitBayesError,
     MissingInputError,
     MissingTensorError,
@@ -18,6 +21,9 @@ from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import LowRank, MergeStep, ModuleStep, Operand, Step
 from mergekit_bayes.recipe import layer_positions
 
+Found = Sequence[tuple[Input, LoraModule]]
+"""The sources that adapt a module, with what they do to it."""
+
 
 def adapter_steps(setting: Setting) -> list[Step]:
     """Lay out a merge of adapters into one adapter.
@@ -26,75 +32,130 @@ def adapter_steps(setting: Setting) -> list[Step]:
         setting: the recipe and its inputs; problems are added to `setting.problems`.
 
     Returns:
-        One step per adapted module and per tensor that adapters store whole, sorted by name.
+        One step per adapted module and per tensor that adapters store whole, each sorted by name.
     """
-    adapters = [_adapter_of(source) for source in setting.sources]
-    _check_against_base(setting)
+    setting.problems.extend(_strangers(setting))
+    adapters = [adapter_of(source) for source in setting.sources]
     modules = sorted({name for adapter in adapters for name in adapter.modules})
     saved = sorted({name for adapter in adapters for name in adapter.saved})
-    targets = {name: adapters[0].base_tensor(name) for name in modules}
+    targets = {name: Adapter.base_tensor(name) for name in modules}
+    setting.problems.extend(_adapted_and_stored(setting, name) for name in modules if targets[name] in saved)
     positions = layer_positions([*targets.values(), *saved])
-    steps = [_module_step(setting, adapters, name, targets[name], positions[targets[name]]) for name in modules]
+    scaling = reference_scaling(setting)
+    steps = [_module_step(setting, name, positions[targets[name]], scaling) for name in modules]
     padded = _pad([step for step in steps if step is not None])
-    whole = [_saved_step(setting, adapters, name, positions[name]) for name in saved]
+    whole = [_saved_step(setting, name, positions[name]) for name in saved]
     return [*padded, *(step for step in whole if step is not None)]
 
 
-def _adapter_of(source: Input) -> Adapter:
+def adapter_of(source: Input) -> Adapter:
+    """The adapter of a source; a merge in an adapter space has only such sources."""
     assert source.adapter is not None  # the plan chose an adapter space because every source has one
     return source.adapter
 
 
-def _check_against_base(setting: Setting) -> None:
-    base = setting.base.checkpoint if setting.base is not None else None
+def _strangers(setting: Setting) -> Iterator[MergekitBayesError]:
+    """Adapters that do not belong to the base, or come on a model of their own that the output would leave out."""
+    base = setting.base
+    if base is not None and base.adapter is not None:
+        yield MissingInputError(
+            f"base_model: {base.label} is a model with an adapter, which no merged adapter can be loaded on; "
+            "expected the model alone, or use space: full"
+        )
+        return
+    ground = next((each.checkpoint for each in (base, *setting.sources) if each is not None and each.checkpoint), None)
+    if ground is None:
+        return
     for source in setting.sources:
-        home = source.checkpoint or base
-        if home is not None:
-            setting.problems.extend(attach(source, home)[1])
+        own = source.checkpoint
+        if own is not None and own.folder != ground.folder and fingerprint(own.tensors) != fingerprint(ground.tensors):
+            yield CheckpointError(
+                f"{source.label}: its adapter is on {own.reference}, which differs from {ground.reference}; a merged "
+                "adapter would lose the difference; expected adapters on one model, or use space: full"
+            )
+        else:
+            yield from attach(source, ground)[1]
 
 
-def _module_step(
-    setting: Setting, adapters: list[Adapter], name: str, target: str, position: float
-) -> ModuleStep | None:
-    found = [adapter.modules.get(name) for adapter in adapters]
-    present = [module for module in found if module is not None]
-    problems = _module_problems(setting, name, found)
-    if problems:
-        setting.problems.extend(problems)
-        return None
-    weights = setting.try_weights(target, position)
-    if weights is None:
-        return None
-    first = present[0]
-    dtype = setting.output_dtype(
-        name,
-        first.a,
-        {source.label: module.a for source, module in zip(setting.sources, found, strict=True) if module is not None},
+def _adapted_and_stored(setting: Setting, name: str) -> CheckpointError:
+    adapted = [source.label for source in setting.sources if name in adapter_of(source).modules]
+    weight = Adapter.base_tensor(name)
+    stored = [source.label for source in setting.sources if weight in adapter_of(source).saved]
+    return CheckpointError(
+        f"{name}: adapted by {', '.join(adapted)} and stored whole by {', '.join(stored)}; an adapter can hold it in "
+        "one way only; expected the same way in all, or use space: full"
     )
+
+
+def _module_step(setting: Setting, name: str, position: float, scaling: float) -> ModuleStep | None:
+    target = Adapter.base_tensor(name)
+    modules = {source.label: adapter_of(source).modules.get(name) for source in setting.sources}
+    found = [(source, module) for source in setting.sources if (module := modules[source.label]) is not None]
+    problems = list(_disagreements(setting, name, found))
+    setting.problems.extend(problems)
+    weights = setting.try_weights(target, position)
+    if problems or weights is None:
+        return None
+    present = [module for _, module in found]
+    first = present[0]
     mode = "factor" if setting.space == "factor" else ("product" if setting.uses_precision else "stack")
-    rows, columns = first.b.shape[0], first.a.shape[1]
-    rank, truncate = _rank(setting, mode, present, min(rows, columns))
+    rank, truncate = _rank(setting, mode, present)
+    operands = {source.label: _module_operand(setting, source, module) for source, module in found}
+    # Sums of floats depend on their order; that of the recipe must not show.
+    order = sorted(zip((source.label for source in setting.sources), weights, strict=True))
     return ModuleStep(
         name=name,
         mode=mode,
         a_name=first.a.name,
         b_name=first.b.name,
-        in_features=columns,
-        out_features=rows,
+        in_features=first.a.shape[1],
+        out_features=first.b.shape[0],
         rank=rank,
         truncate=truncate,
-        dtype=dtype,
+        dtype=setting.output_dtype(name, first.a, {source.label: module.a for source, module in found}),
         precision_dtype=setting.precision_dtype,
         base=setting.with_prior(Operand("prior", None), target),
-        sources=tuple(
-            None if module is None else _module_operand(setting, source, module, target)
-            for source, module in zip(setting.sources, found, strict=True)
-        ),
-        weights=weights,
+        sources=tuple(operands.get(label) for label, _ in order),
+        weights=tuple(weight for _, weight in order),
+        scaling=scaling,
     )
 
 
-def _rank(setting: Setting, mode: str, present: list[LoraModule], limit: int) -> tuple[int, int | None]:
+def _disagreements(setting: Setting, name: str, found: Found) -> Iterator[MergekitBayesError]:
+    source, first = found[0]
+    for other, module in found[1:]:
+        seen, expected = (module.b.shape[0], module.a.shape[1]), (first.b.shape[0], first.a.shape[1])
+        if seen != expected:
+            yield ShapeMismatchError(
+                f"{name}: the update is {seen[0]} x {seen[1]} in {other.label}, {expected[0]} x {expected[1]} in "
+                f"{source.label}; expected adapters of one base"
+            )
+        if module.kind != first.kind:
+            yield ShapeMismatchError(
+                f"{name}: adapted as {module.kind} in {other.label}, as {first.kind} in {source.label}; "
+                "expected the same kind of layer"
+            )
+        if setting.space == "factor" and module.rank != first.rank:
+            yield ShapeMismatchError(
+                f"{name}: rank {module.rank} in {other.label}, {first.rank} in {source.label}; "
+                "factor space needs equal ranks, use space: product"
+            )
+    labels = {each.label for each, _ in found}
+    absent = [each.label for each in setting.sources if each.label not in labels]
+    if setting.space == "factor" and absent:
+        yield MissingTensorError(
+            f"{name}: not adapted by {', '.join(absent)}; factor space needs it in all, use space: product"
+        )
+    # At scaling 0 dW is zero whatever the factors are: their precisions would make it infinitely certain.
+    for each, module in found:
+        if setting.uses_precision and module.scaling == 0.0:
+            yield CheckpointError(
+                f"{each.label}: {name} has scaling 0 (lora_alpha), so its factors say nothing about the layer; "
+                "expected another lora_alpha, or leave this source out"
+            )
+
+
+def _rank(setting: Setting, mode: str, present: list[LoraModule]) -> tuple[int, int | None]:
     """Rank of the written factors, and the number of directions an approximation keeps (None: nothing is cut)."""
     if mode == "factor":
         return present[0].rank, None
@@ -102,49 +163,35 @@ def _rank(setting: Setting, mode: str, present: list[LoraModule], limit: int) ->
     asked = setting.recipe.output.rank
     if mode == "stack":
         return (total, None) if asked is None or asked >= total else (asked, asked)
-    keep = min(asked or total, limit)
+    keep = min(asked or total, present[0].b.shape[0], present[0].a.shape[1])
     return keep, keep
 
 
-def _module_problems(setting: Setting, name: str, found: list[LoraModule | None]) -> list[MergekitBayesError]:
-    present = [(s.label, m) for s, m in zip(setting.sources, found, strict=True) if m is not None]
-    label, first = present[0]
-    problems: list[MergekitBayesError] = []
-    for other, module in present[1:]:
-        if (module.b.shape[0], module.a.shape[1]) != (first.b.shape[0], first.a.shape[1]):
-            problems.append(
-                ShapeMismatchError(
-                    f"{name}: the update is {module.b.shape[0]} x {module.a.shape[1]} in {other}, "
-                    f"{first.b.shape[0]} x {first.a.shape[1]} in {label}; expected adapters of one base"
-                )
-            )
-        if module.kind != first.kind:
-            problems.append(
-                ShapeMismatchError(
-                    f"{name}: adapted as {module.kind} in {other}, as {first.kind} in {label}; "
-                    "expected the same kind of layer"
-                )
-            )
-        if setting.space == "factor" and module.rank != first.rank:
-            problems.append(
-                ShapeMismatchError(
-                    f"{name}: rank {module.rank} in {other}, {first.rank} in {label}; "
-                    "factor space needs equal ranks, use space: product"
-                )
-            )
-    if setting.space == "factor" and len(present) < len(found):
-        absent = [s.label for s, m in zip(setting.sources, found, strict=True) if m is None]
-        problems.append(
-            MissingTensorError(
-                f"{name}: not adapted by {', '.join(absent)}; factor space needs it in all, use space: product"
-            )
-        )
-    return problems
+def reference_scaling(setting: Setting) -> float:
+    """The scaling at which factors meet in factor space: the largest they were trained with.
+
+    B counts for s B there, so that equal updates with different alphas agree. The prior precision is that of factors
+    at the largest scaling; in the usual case all are equal.
+    """
+    scalings = (
+        trained_scaling(source, module)
+        for source in setting.sources
+        if source.adapter is not None
+        for module in source.adapter.modules.values()
+    )
+    return max((abs(scaling) for scaling in scalings), default=1.0) or 1.0
 
 
-def _module_operand(setting: Setting, source: Input, module: LoraModule, target: str) -> Operand:
-    operand = Operand(source.label, None, LowRank(module.a, module.b, module.scaling))
-    found = setting.posterior_of(source, operand, target)
+def trained_scaling(source: Input, module: LoraModule) -> float:
+    """The scaling that the prior in the source's sidecar refers to: a merge bakes it into B, and records it."""
+    recorded = source.sidecar.metadata.adapter_scaling if source.sidecar is not None else None
+    return module.scaling if recorded is None else recorded
+
+
+def _module_operand(setting: Setting, source: Input, module: LoraModule) -> Operand:
+    low_rank = LowRank(module.a, module.b, module.scaling, trained_scaling=trained_scaling(source, module))
+    operand = Operand(source.label, None, low_rank)
+    found = setting.posterior_of(source, operand, Adapter.base_tensor(module.name))
     if found is None:
         setting.problems.append(setting.no_precision(source, module.name))
     return found or operand
@@ -156,45 +203,54 @@ def _pad(steps: list[ModuleStep]) -> list[Step]:
     return [replace(step, rank=largest) for step in steps]
 
 
-def _saved_step(setting: Setting, adapters: list[Adapter], name: str, position: float) -> Step | None:
+def _saved_step(setting: Setting, name: str, position: float) -> Step | None:
     """A module that adapters store whole; an adapter without it keeps the base's weights."""
-    stored = next(adapter.saved[name] for adapter in adapters if name in adapter.saved)
+    stored = next(saved[name] for source in setting.sources if name in (saved := adapter_of(source).saved))
     base = setting.base.checkpoint if setting.base is not None else None
-    base_tensor = base_weight(name, stored.shape, base) if base is not None else None
-    found = [adapter.saved.get(name, base_tensor) for adapter in adapters]
-    absent = [s.label for s, tensor in zip(setting.sources, found, strict=True) if tensor is None]
-    if absent or (base_tensor is None and setting.method.base == "required"):
-        setting.problems.append(
-            MissingInputError(
-                f"{name}: stored whole by an adapter, so the base's weights are needed"
-                f"{' (' + ', '.join(absent) + ' leave it alone)' if absent else ''}; expected a base_model"
-            )
-        )
-        return None
-    tensors = {s.label: tensor for s, tensor in zip(setting.sources, found, strict=True) if tensor is not None}
-    reference = base_tensor or stored
-    wrong = {label: tensor.shape for label, tensor in tensors.items() if tensor.shape != reference.shape}
-    if wrong:
-        seen = ", ".join(f"{shape} in {label}" for label, shape in wrong.items())
-        setting.problems.append(ShapeMismatchError(f"{name}: shape {seen}; expected {reference.shape}"))
-        return None
+    kept = base_weight(name, stored.shape, base) if base is not None else None
+    found = {source.label: adapter_of(source).saved.get(name, kept) for source in setting.sources}
+    tensors = {label: tensor for label, tensor in found.items() if tensor is not None}
+    problems = list(_saved_problems(setting, name, kept, tensors))
+    setting.problems.extend(problems)
     weights = setting.try_weights(name, position)
-    if weights is None:
+    if problems or weights is None:
         return None
+    operands = {
+        source.label: _saved_operand(setting, source, name, tensors[source.label]) for source in setting.sources
+    }
+    order = sorted(zip((source.label for source in setting.sources), weights, strict=True))
+    known = [(operand, weight) for label, weight in order if (operand := operands[label]) is not None]
     return MergeStep(
         name=stored.name,
-        shape=reference.shape,
+        shape=stored.shape,
         dtype=setting.output_dtype(name, stored, tensors),
         precision_dtype=setting.precision_dtype,
-        base=setting.with_prior(Operand("base", reference), name),
-        sources=tuple(_saved_operand(setting, source, tensors[source.label]) for source in setting.sources),
-        weights=weights,
+        base=setting.with_prior(Operand("base", kept or stored), name),
+        sources=tuple(operand for operand, _ in known),
+        weights=tuple(weight for _, weight in known),
     )
 
 
-def _saved_operand(setting: Setting, source: Input, tensor: TensorInfo) -> Operand:
+def _saved_problems(
+    setting: Setting, name: str, kept: TensorInfo | None, tensors: dict[str, TensorInfo]
+) -> Iterator[MergekitBayesError]:
+    absent = [source.label for source in setting.sources if source.label not in tensors]
+    if absent or (kept is None and setting.method.base == "required"):
+        who = f" ({', '.join(absent)} leave it alone)" if absent else ""
+        yield MissingInputError(
+            f"{name}: stored whole by an adapter, so the base's weights are needed{who}; expected a base_model that "
+            "has them"
+        )
+    reference = kept or next(iter(tensors.values()))
+    seen = ", ".join(f"{each.shape} in {label}" for label, each in tensors.items() if each.shape != reference.shape)
+    if seen:
+        yield ShapeMismatchError(f"{name}: shape {seen}; expected {reference.shape}")
+
+
+def _saved_operand(setting: Setting, source: Input, name: str, tensor: TensorInfo) -> Operand | None:
+    """One source's posterior of a tensor; None where it leaves it alone and the method asks for no prior."""
     operand = Operand(source.label, tensor)
-    found = setting.posterior_of(source, operand, tensor.name)
-    if found is None:
+    found = setting.posterior_of(source, operand, tensor.name, base_name=name)
+    if found is None and name in adapter_of(source).saved:
         setting.problems.append(setting.no_precision(source, tensor.name))
-    return found or operand
+    return found

@@ -148,12 +148,12 @@ class Engine:
     ) -> Callable[[int, torch.Tensor, torch.Tensor | None], None]:
         def write(which: int, values: torch.Tensor, precisions: torch.Tensor | None) -> None:
             entry = step.entries[which]
-            stored = values.to(torch_dtype(entry.dtype)).reshape(-1).contiguous()
+            stored = values.to(torch_dtype(entry.dtype)).cpu().reshape(-1).contiguous()
             check_block(stored, entry.name, "the merged factor")
             mean.write(entry.name, 0, stored)
             if precision is not None and precisions is not None:
                 kind = torch_dtype(step.precision_entries[which].dtype)
-                scaled = (precisions * self.precision_scale).to(kind).reshape(-1).contiguous()
+                scaled = (precisions * self.precision_scale).to(kind).cpu().reshape(-1).contiguous()
                 check_precision(scaled, entry.name, "the merged precision")
                 precision.write(entry.name, 0, scaled)
 

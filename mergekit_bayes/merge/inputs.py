@@ -6,6 +6,7 @@ One `Input` is the base or one source: a checkpoint, an adapter, or an adapter o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.index import Checkpoint, open_checkpoint
 from mergekit_bayes.checkpoint.reference import parse_reference, resolve
 from mergekit_bayes.checkpoint.sidecar import Sidecar, check_base, check_sidecar, find_sidecar, open_sidecar
-from mergekit_bayes.errors import CheckpointError, MergekitBayesError, PlanError
+from mergekit_bayes.errors import CheckpointError, MergekitBayesError, PlanError, SidecarMismatchError
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,24 @@ def belongs(source: Input, base: Input | None) -> list[MergekitBayesError]:
         mean_fingerprint=source.fingerprint,
         base_fingerprint=_base_fingerprint(source, base),
     )
-    return list(found)
+    return [*found, *_other_scaling(source)]
+
+
+def _other_scaling(source: Input) -> list[SidecarMismatchError]:
+    """Refuse precisions of factors whose scaling was changed in adapter_config.json since they were estimated."""
+    if source.adapter is None or source.sidecar is None or source.sidecar.metadata.estimator == "merged":
+        return []
+    recorded = source.sidecar.metadata.adapter_scaling
+    modules = source.adapter.modules.values()
+    changed = [] if recorded is None else [m for m in modules if not math.isclose(m.scaling, recorded, rel_tol=1e-6)]
+    if not changed:
+        return []
+    return [
+        SidecarMismatchError(
+            f"{source.sidecar.path}: describes factors with scaling {recorded:g}; {len(changed)} modules have another "
+            f"({changed[0].name}: {changed[0].scaling:g}); expected r and lora_alpha as they were in training"
+        )
+    ]
 
 
 def on_its_base(source: Input, base: Input | None) -> list[MergekitBayesError]:

@@ -15,11 +15,14 @@ Pure functions of tensors; they know no file and no recipe.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+
+ROWS_ELEMENTS = 1 << 22
+"""Elements of dW that are worked on at a time, beside what has to be whole."""
 
 EXACT_SVD_SIDE = 1024
 """Up to this smaller side the singular value decomposition is exact; beyond it a randomised range finder is used."""
@@ -53,6 +56,12 @@ class Truncated(NamedTuple):
     a: Tensor
     b: Tensor
     lost_energy: float
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """Cut the rows of a matrix of this shape into blocks of about `ROWS_ELEMENTS` elements, at least a row each."""
+    size = max(1, ROWS_ELEMENTS // max(1, shape[1]))
+    yield from (slice(start, min(start + size, shape[0])) for start in range(0, shape[0], size))
 
 
 def product_mean(factors: Factors, rows: slice) -> Tensor:
@@ -96,7 +105,7 @@ def truncate_factors(factors: Factors, rank: int) -> Truncated:
     root = sigma[:keep].sqrt()
     a = root[:, None] * (vh[:keep] @ q_a.T)
     b = (q_b @ u[:, :keep]) * root
-    return Truncated(a, b, _lost_energy(float(sigma.double().square().sum()), sigma[:keep]))
+    return Truncated(a, b, _lost_energy(_energy(sigma), sigma[:keep]))
 
 
 def truncate_dense(update: Tensor, rank: int, generator: Generator) -> Truncated:
@@ -108,11 +117,12 @@ def truncate_dense(update: Tensor, rank: int, generator: Generator) -> Truncated
     """
     if min(update.shape) <= EXACT_SVD_SIDE:
         u, sigma, vh = torch.linalg.svd(update, full_matrices=False)
+        energy = _energy(sigma)
     else:
         u, sigma, vh = _randomised_svd(update, rank + 8, generator)
+        energy = sum(_energy(update[rows]) for rows in row_blocks(update.shape))
     keep = min(rank, sigma.numel())
     root = sigma[:keep].sqrt()
-    energy = float(update.double().square().sum())
     return Truncated(root[:, None] * vh[:keep], u[:, :keep] * root, _lost_energy(energy, sigma[:keep]))
 
 
@@ -126,10 +136,12 @@ def _randomised_svd(matrix: Tensor, rank: int, generator: Generator) -> tuple[Te
     return q @ u, sigma, vh
 
 
+def _energy(values: Tensor) -> float:
+    return float(values.double().square().sum())
+
+
 def _lost_energy(total: float, kept: Tensor) -> float:
-    if total == 0.0:
-        return 0.0
-    return max(0.0, 1.0 - float(kept.double().square().sum()) / total)
+    return 0.0 if total == 0.0 else max(0.0, 1.0 - _energy(kept) / total)
 
 
 def relative_difference(first: Factors, second: Factors) -> float:
@@ -151,7 +163,9 @@ def _product_norm(factors: Factors) -> float:
     return float(torch.linalg.norm(r_b @ r_a.T))
 
 
-def fit_factor_variances(a: Tensor, b: Tensor, variance: Tensor, *, iterations: int = 30) -> tuple[Factors, float]:
+def fit_factor_variances(
+    a: Tensor, b: Tensor, variance: Tensor, *, iterations: int = 30
+) -> tuple[tuple[Tensor, Tensor], float]:
     r"""Factor variances whose propagated variance is closest to a given one.
 
     A merge in product space ends with a variance for every entry of dW, which is as large as the layer; an adapter's
@@ -166,22 +180,40 @@ def fit_factor_variances(a: Tensor, b: Tensor, variance: Tensor, *, iterations: 
         iterations: number of sweeps over V_A and V_B.
 
     Returns:
-        The factors with their variances, and the misfit |What - W|_1 / |W|_1.
+        The variances of A and of B, and the misfit |What - W|_1 / |W|_1.
     """
     squared_a, squared_b = a * a, b * b
-    size = float(variance.mean())
-    tiny = size * 1e-12
-    # Half of the mean variance comes from each factor at the start, spread evenly over the directions.
-    share = 0.5 * size
-    variance_a = (share / squared_b.sum(dim=1).mean().clamp_min(tiny)).expand_as(a).clone()
-    variance_b = (share / squared_a.sum(dim=0).mean().clamp_min(tiny)).expand_as(b).clone()
+    variance_a, variance_b = _first_guess(squared_a, squared_b, float(variance.mean()))
+    tiny = float(variance.mean()) * 1e-12
+    # An entry may shrink in every sweep; its precision has to stay a number.
+    lowest_a, lowest_b = (float(guess.min()) * 1e-9 for guess in (variance_a, variance_b))
+    blocks = list(row_blocks(variance.shape))
+
+    def ratio(rows: slice) -> Tensor:
+        fitted = product_variance(Factors(a, b, variance_a, variance_b), rows)
+        return variance[rows] / fitted.clamp_min_(tiny)
+
     for _ in range(iterations):
         design = squared_b + variance_b
-        ratio = variance / (design @ variance_a + variance_b @ squared_a).clamp_min(tiny)
-        variance_a = variance_a * (design.T @ ratio) / design.sum(dim=0)[:, None].clamp_min(tiny)
+        pull = sum((design[rows].T @ ratio(rows) for rows in blocks), torch.zeros_like(a))
+        variance_a = (variance_a * pull / design.sum(dim=0)[:, None]).clamp_min_(lowest_a)
         design = squared_a + variance_a
-        ratio = variance / (variance_b @ design + squared_b @ variance_a).clamp_min(tiny)
-        variance_b = variance_b * (ratio @ design.T) / design.sum(dim=1).clamp_min(tiny)
+        for rows in blocks:
+            variance_b[rows] *= (ratio(rows) @ design.T) / design.sum(dim=1)
+        variance_b.clamp_min_(lowest_b)
     fitted = Factors(a, b, variance_a, variance_b)
-    gap = (product_variance(fitted, slice(None)) - variance).abs().sum()
-    return fitted, float(gap / variance.sum())
+    gap = sum(float((product_variance(fitted, rows) - variance[rows]).abs().sum()) for rows in blocks)
+    return (variance_a, variance_b), gap / float(variance.sum())
+
+
+def _first_guess(squared_a: Tensor, squared_b: Tensor, size: float) -> tuple[Tensor, Tensor]:
+    """Variances of the right size to start from: each factor brings half, spread evenly over the directions.
+
+    Where a factor is large the other's variance only has to be share / |factor|^2; where both vanish, their
+    variances have to make up for it together.
+    """
+    share = 0.5 * size
+    alone = math.sqrt(share * squared_a.shape[0])
+    of_a = share / (squared_b.sum(dim=1).mean() + alone)
+    of_b = share / (squared_a.sum(dim=0).mean() + alone)
+    return of_a.expand_as(squared_a).clone(), of_b.expand_as(squared_b).clone()

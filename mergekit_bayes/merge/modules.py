@@ -1,19 +1,19 @@
 """Merge one adapted layer: stacked exactly, merged in product space and truncated, or factor by factor.
 
-Layers of an adapter are small enough to be held whole; in product space the dense update dW of one layer is the
-largest thing in memory.
+Layers of an adapter are small enough to be held whole; in product space the dense update dW of one layer and its
+variance are the largest things in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.errors import NonPositivePrecisionError
 from mergekit_bayes.merge.lora import (
     Factors,
@@ -21,6 +21,7 @@ from mergekit_bayes.merge.lora import (
     product_mean,
     product_variance,
     relative_difference,
+    row_blocks,
     stack,
     truncate_dense,
     truncate_factors,
@@ -28,14 +29,17 @@ from mergekit_bayes.merge.lora import (
 from mergekit_bayes.merge.operands import OperandReader
 from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.registry import MergeMethod
-from mergekit_bayes.merge.steps import ModuleStep, Operand
+from mergekit_bayes.merge.steps import ModuleStep, Operand, weights_by_label
 from mergekit_bayes.posterior import Diagonal, Isotropic, Posterior
 from mergekit_bayes.posterior.mismatch import mismatch
 
-ROWS_ELEMENTS = 1 << 22
-"""Elements of dW that are merged at a time in product space."""
+PADDING_PRECISION = 1e3
+"""How many times more certain padding is than the most certain entry of its factor."""
 
 Record = dict[str, Any]
+Pair = tuple[Tensor, Tensor]
+"""Factor A and factor B, or their precisions."""
+
 Write = Callable[[int, Tensor, Tensor | None], None]
 """Receives 0 for factor A or 1 for factor B, the factor, and its precision or None."""
 
@@ -50,9 +54,10 @@ def run_module(step: ModuleStep, plan: MergePlan, operands: OperandReader, write
         write: receives the factors.
 
     Returns:
-        What was measured: lost energy, cross terms, mismatch, misfit of the factor variances.
+        What was measured: lost energy, cross terms, mismatch, misfit of the factor variances, floored precisions.
 
     Raises:
+        NonFiniteError: a factor holds NaN or infinity.
         NonPositivePrecisionError: negative weights take more precision away than there is.
     """
     run = {"stack": _stack, "product": _product, "factor": _factor}[step.mode]
@@ -89,81 +94,75 @@ def _weighted_sum(step: ModuleStep, plan: MergePlan, updates: list[Factors | Non
 def _stack(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: Write) -> Record:
     exact = _weighted_sum(step, plan, _updates(step, operands))
     if step.truncate is None:
-        _write_padded(step, exact, write)
+        _write_padded(step, (exact.a, exact.b), (None, None), write)
         return {}
     kept = truncate_factors(exact, step.truncate)
-    _write_padded(step, Factors(kept.a, kept.b), write)
+    _write_padded(step, (kept.a, kept.b), (None, None), write)
     return {"lost_energy": kept.lost_energy}
 
 
-def _write_padded(step: ModuleStep, factors: Factors, write: Write) -> None:
-    missing = step.rank - factors.a.shape[0]
-    precisions: list[Tensor | None] = [None, None]
-    if factors.variance_a is not None and factors.variance_b is not None:
-        pairs = ((factors.variance_a, (0, 0, 0, missing)), (factors.variance_b, (0, missing)))
-        precisions = [_pad_precision(variance.reciprocal(), sides) for variance, sides in pairs]
-    write(0, torch.nn.functional.pad(factors.a, (0, 0, 0, missing)), precisions[0])
-    write(1, torch.nn.functional.pad(factors.b, (0, missing)), precisions[1])
+def _write_padded(step: ModuleStep, means: Pair, precisions: tuple[Tensor | None, Tensor | None], write: Write) -> None:
+    missing = step.rank - means[0].shape[0]
+    for which, sides in enumerate(((0, 0, 0, missing), (0, missing))):
+        precision = precisions[which]
+        padded = None if precision is None else _pad_precision(precision, sides)
+        write(which, torch.nn.functional.pad(means[which], sides), padded)
 
 
 def _pad_precision(precision: Tensor, sides: tuple[int, ...]) -> Tensor:
-    """Padding is certain: with the largest precision it adds least to the variance of dW."""
-    return torch.nn.functional.pad(precision, sides, value=float(precision.max()))
+    """Padding is zero for certain: so precise that it adds next to nothing to the variance of dW."""
+    limit = torch.finfo(precision.dtype).max / PADDING_PRECISION
+    return torch.nn.functional.pad(precision, sides, value=PADDING_PRECISION * min(float(precision.max()), limit))
 
 
 def _product(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: Write) -> Record:
-    updates = _updates(step, operands)
-    shape = (step.out_features, step.in_features)
-    mean = torch.empty(shape, dtype=operands.dtype, device=operands.device)
-    precision = torch.empty_like(mean)
-    gaps = torch.zeros(len(step.sources), dtype=torch.float64)
-    for rows in _row_blocks(shape):
-        base = Isotropic.unchecked(torch.zeros_like(mean[rows]), _scalar(step.base, operands))
-        posteriors = [
-            _product_posterior(source, update, rows, base, operands)
-            for source, update in zip(step.sources, updates, strict=True)
-        ]
-        merged = _merge(step, plan, base, posteriors)
-        mean[rows], precision[rows] = merged.mean, merged.precision_tensor()
-        gaps += torch.tensor([0.0 if q is None else float(mismatch(merged.mean, q, base)) for q in posteriors])
+    mean, precision, gaps = _merge_product(step, plan, operands)
+    record: Record = {"mismatch": gaps, **_floored(plan, precision)}
     _require_positive(step, precision)
     kept = truncate_dense(mean, step.truncate or step.rank, _generator(plan.recipe.seed, step.name))
-    record: Record = {"lost_energy": kept.lost_energy, "mismatch": _labelled(step, gaps)}
-    factors = Factors(kept.a, kept.b)
+    del mean  # as large as the layer, and no longer needed
+    record["lost_energy"] = kept.lost_energy
+    precisions: tuple[Tensor | None, Tensor | None] = (None, None)
     if step.precision_dtype is not None:
-        factors, misfit = fit_factor_variances(kept.a, kept.b, precision.reciprocal())
-        record["variance_misfit"] = misfit
-    _write_padded(step, factors, write)
+        variances, record["variance_misfit"] = fit_factor_variances(kept.a, kept.b, precision.reciprocal_())
+        precisions = (variances[0].reciprocal_(), variances[1].reciprocal_())
+    _write_padded(step, (kept.a, kept.b), precisions, write)
     return record
 
 
-def _row_blocks(shape: tuple[int, int]) -> Iterator[slice]:
-    size = max(1, ROWS_ELEMENTS // max(1, shape[1]))
-    yield from (slice(start, min(start + size, shape[0])) for start in range(0, shape[0], size))
-
-
-def _scalar(base: Operand, operands: OperandReader) -> Tensor:
-    assert isinstance(base.precision, float)  # adapter spaces have a scalar prior
-    return torch.tensor(base.precision, dtype=operands.dtype, device=operands.device)
+def _merge_product(
+    step: ModuleStep, plan: MergePlan, operands: OperandReader
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Mean and precision of the merged dW, shape (out_features, in_features), and the mismatch of every source."""
+    updates = _updates(step, operands)
+    mean = torch.empty((step.out_features, step.in_features), dtype=operands.dtype, device=operands.device)
+    precision = torch.empty_like(mean)
+    gaps = torch.zeros(len(step.sources), dtype=torch.float64)
+    for rows in row_blocks(mean.shape):
+        base = Isotropic.unchecked(torch.zeros_like(mean[rows]), _scalar(step.base.precision, operands))
+        pairs = zip(step.sources, updates, strict=True)
+        posteriors = [_product_posterior(source, update, rows, operands) for source, update in pairs]
+        merged = _merge(step, plan, base, posteriors)
+        mean[rows], precision[rows] = merged.mean, merged.precision_tensor()
+        gaps += torch.tensor([0.0 if q is None else float(mismatch(merged.mean, q, base)) for q in posteriors])
+    return mean, precision, _labelled(step, gaps)
 
 
 def _product_posterior(
-    source: Operand | None, update: Factors | None, rows: slice, base: Posterior, operands: OperandReader
+    source: Operand | None, update: Factors | None, rows: slice, operands: OperandReader
 ) -> Posterior | None:
     """One source's posterior of some rows of dW; None where the adapter leaves the layer alone."""
     if source is None or update is None:
         return None
     mean = product_mean(update, rows)
-    if isinstance(source.precision, float):
-        return Isotropic.unchecked(mean, torch.tensor(source.precision, dtype=operands.dtype, device=operands.device))
-    if isinstance(source.precision, TensorInfo):
-        precision = operands.whole_precision(source.precision)[rows]
-    else:
-        precision = product_variance(update, rows).reciprocal()
-    precision = precision / source.divisor
-    if source.prior_share is not None:
-        precision = precision - source.prior_share + base.precision_tensor()
-    return Diagonal.unchecked(mean, precision)
+    if update.variance_a is None:
+        return Isotropic.unchecked(mean, _scalar(source.precision, operands))
+    return Diagonal.unchecked(mean, product_variance(update, rows).reciprocal_().div_(source.divisor))
+
+
+def _scalar(precision: object, operands: OperandReader) -> Tensor:
+    assert isinstance(precision, float)  # beside factor precisions, adapter spaces know scalars only
+    return torch.tensor(precision, dtype=operands.dtype, device=operands.device)
 
 
 def _merge(step: ModuleStep, plan: MergePlan, base: Posterior, posteriors: Sequence[Posterior | None]) -> Posterior:
@@ -178,16 +177,24 @@ def _merge(step: ModuleStep, plan: MergePlan, base: Posterior, posteriors: Seque
     return plan.method.kernel(base, [q for q, _ in chosen], weights, **options)
 
 
+def _floored(plan: MergePlan, *precisions: Tensor) -> Record:
+    floor = plan.recipe.precision.floor
+    if floor is None:
+        return {}
+    raised = sum(int((precision <= floor).sum()) for precision in precisions)
+    return {"floored_entries": raised, "entries": sum(precision.numel() for precision in precisions)}
+
+
 def _require_positive(step: ModuleStep, precision: Tensor) -> None:
     lost = int((~(precision > 0)).sum())
     if lost:
-        shown = ", ".join(
-            f"{source.label}: {weight:g}" for source, weight in zip(step.sources, step.weights, strict=True) if source
-        )
+        weights = weights_by_label(step)
+        shown = ", ".join(f"{label}: {weight:g}" for label, weight in weights.items())
+        prior = "smaller" if sum(weights.values()) > 1 else "larger"
         raise NonPositivePrecisionError(
             f"{step.name}: {lost / precision.numel():.1%} of {precision.numel()} merged precisions are zero or "
             f"negative (lowest {float(precision.min()):.3g}) with weights {shown}; expected positive ones; "
-            "make negative weights smaller, prior precision smaller, or set precision.floor"
+            f"make negative weights smaller, prior precision {prior}, or set precision.floor"
         )
 
 
@@ -203,52 +210,55 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def _factor(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: Write) -> Record:
-    """A with A, B with B.
-
-    B enters with the scaling relative to the first adapter's, so that equal adapters with different alphas agree; the
-    first adapter's scaling is folded into the result.
-    """
-    present = [source for source in step.sources if source is not None and source.low_rank is not None]
-    first = present[0].low_rank
-    assert first is not None  # factor space needs the module in every adapter
-    gaps = torch.zeros(len(step.sources), dtype=torch.float64)
+    """A with A, B with B: B as it is at the reference scaling, which is baked into the result."""
+    sources = [source for source in step.sources if source is not None]
+    gaps = torch.zeros(len(sources), dtype=torch.float64)
+    prior = _scalar(step.base.precision, operands)
     merged = []
     for which in (0, 1):
-        posteriors = [_factor_posterior(source, which, first.scaling, operands, step) for source in present]
-        base = Isotropic.unchecked(torch.zeros_like(posteriors[0].mean), _scalar(step.base, operands))
-        result = _merge(step, plan, base, posteriors)
-        if plan.method.precision != "unused":
-            gaps += torch.tensor([float(mismatch(result.mean, q, base)) for q in posteriors])
-            _require_positive(step, result.precision_tensor())
-        merged.append(result)
-    a, b = merged
-    exact = _weighted_sum(step, plan, _updates(step, operands))
-    factors = Factors(a.mean, b.mean * first.scaling)
-    record: Record = {"cross_terms": relative_difference(factors, exact)}
-    precisions: list[Tensor | None] = [None, None]
-    if step.precision_dtype is not None:
-        record["mismatch"] = _labelled(step, gaps)
-        precisions = [
-            a.precision_tensor().expand_as(a.mean),
-            b.precision_tensor().expand_as(b.mean) / first.scaling**2,
-        ]
-    write(0, factors.a, precisions[0])
-    write(1, factors.b, precisions[1])
+        posteriors = [_factor_posterior(source, which, step.scaling, prior, operands) for source in sources]
+        base = Isotropic.unchecked(torch.zeros_like(posteriors[0].mean), prior)
+        merged.append(_merge(step, plan, base, posteriors))
+        gaps += torch.tensor([float(mismatch(merged[which].mean, q, base)) for q in posteriors])
+    a, b = merged[0].mean, merged[1].mean * step.scaling
+    record = _cross_terms(Factors(a, b), _weighted_sum(step, plan, _updates(step, operands)))
+    if plan.method.precision != "unused":
+        own = [q.precision_tensor().expand_as(q.mean) for q in merged]
+        for precision in own:
+            _require_positive(step, precision)
+        record |= {"mismatch": _labelled(step, gaps), **_floored(plan, *own)}
+    written = step.precision_dtype is not None
+    _write_padded(step, (a, b), (own[0], own[1] / step.scaling**2) if written else (None, None), write)
     return record
 
 
+def _cross_terms(merged: Factors, exact: Factors) -> Record:
+    """Size of what averaging A and B separately adds, against the exact weighted sum; nothing where that vanishes."""
+    size = relative_difference(merged, exact)
+    return {"cross_terms": size} if math.isfinite(size) else {}
+
+
 def _factor_posterior(
-    source: Operand, which: int, reference: float, operands: OperandReader, step: ModuleStep
+    source: Operand, which: int, reference: float, prior: Tensor, operands: OperandReader
 ) -> Posterior:
+    r"""Posterior of A (`which` 0) or of B (`which` 1), B as it would be at scaling `reference`.
+
+    With ratio r = s / s_ref, B_ref = r B has precision S / r^2. A sidecar's prior belongs to the scaling s_t the
+    factors were trained with: at the reference it is S_0t (s_ref / s_t)^2, which is exchanged for S_0.
+    """
     low_rank = source.low_rank
     assert low_rank is not None  # factor space needs the module in every adapter
+    mean, stored = operands.factor(low_rank, which)
     ratio = 1.0 if which == 0 else low_rank.scaling / reference
-    mean = operands.whole(low_rank.a if which == 0 else low_rank.b) * ratio
-    stored = low_rank.precision_a if which == 0 else low_rank.precision_b
+    trained = low_rank.trained_scaling or low_rank.scaling
+    # Scaling 0 gets as far as here only where precisions do not count.
+    stretch = 1.0 if which == 0 or trained == 0.0 else (reference / trained) ** 2
     if stored is None:
-        scalar = source.precision if isinstance(source.precision, float) else 1.0
-        return Isotropic.unchecked(mean, torch.tensor(scalar, dtype=operands.dtype, device=operands.device))
-    precision = operands.whole_precision(stored) / (source.divisor * ratio**2)
-    if source.prior_share is not None:
-        precision = precision - source.prior_share + _scalar(step.base, operands)
-    return Diagonal.unchecked(mean, precision)
+        precision = _scalar(source.precision, operands) * stretch
+    else:
+        precision = stored / (source.divisor * ratio**2)
+    if source.prior_share is not None or stretch != 1.0:
+        share = prior if source.prior_share is None else source.prior_share
+        precision = (precision - share * stretch) + prior
+    family = Isotropic if precision.dim() == 0 else Diagonal
+    return family.unchecked(mean * ratio, precision)

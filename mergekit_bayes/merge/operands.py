@@ -8,7 +8,7 @@ from torch import Tensor
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.reader import BlockReader
 from mergekit_bayes.merge.blocks import Stored
-from mergekit_bayes.merge.checks import check_precision
+from mergekit_bayes.merge.checks import check_block, check_precision
 from mergekit_bayes.merge.lora import Factors, product_mean, product_variance
 from mergekit_bayes.merge.steps import LowRank, MergeStep, Operand
 
@@ -73,14 +73,28 @@ class OperandReader:
         return torch.tensor(value, dtype=self.dtype, device=self.device)
 
     def factors(self, low_rank: LowRank) -> Factors:
-        """Both factors of an update with the scaling folded into B, and their variances where a sidecar has them."""
-        scaling = low_rank.scaling
-        a, b = self.whole(low_rank.a), self.whole(low_rank.b) * scaling
-        if low_rank.precision_a is None or low_rank.precision_b is None:
+        """Both factors of an update with the scaling folded into B, and their variances where a sidecar has them.
+
+        Raises:
+            NumericalError: a factor is not finite, or a precision not positive and finite.
+        """
+        (a, precision_a), (b, precision_b) = self.factor(low_rank, 0), self.factor(low_rank, 1)
+        b = b * low_rank.scaling
+        if precision_a is None or precision_b is None:
             return Factors(a, b)
-        variance_a = self.whole_precision(low_rank.precision_a).reciprocal()
-        variance_b = self.whole_precision(low_rank.precision_b).reciprocal() * scaling**2
-        return Factors(a, b, variance_a, variance_b)
+        return Factors(a, b, precision_a.reciprocal_(), precision_b.reciprocal_().mul_(low_rank.scaling**2))
+
+    def factor(self, low_rank: LowRank, which: int) -> tuple[Tensor, Tensor | None]:
+        """Factor A (`which` 0) or B (`which` 1) as it is stored, and its precision where a sidecar has it.
+
+        Raises:
+            NumericalError: the factor is not finite, or the precision not positive and finite.
+        """
+        tensor = (low_rank.a, low_rank.b)[which]
+        values = self.whole(tensor)
+        check_block(values.reshape(-1), tensor.name, str(tensor.path))
+        precision = (low_rank.precision_a, low_rank.precision_b)[which]
+        return values, None if precision is None else self.whole_precision(precision)
 
     def whole(self, tensor: TensorInfo) -> Tensor:
         """A small tensor, whole, in the compute dtype."""

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata
+from mergekit_bayes.merge.adapters import reference_scaling
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import CopyStep, weights_by_label
@@ -41,11 +42,18 @@ def merged_metadata(setting: Setting) -> SidecarMetadata:
         prior_precision=prior * scale if prior is not None and setting.space != "product" else None,
         prior_mean="base" if setting.space == "full" else "zero",
         space="full" if setting.space == "full" else "factor",
-        adapter_scaling=None if setting.space == "full" else 1.0,
+        adapter_scaling=_prior_scaling(setting),
         base_model=setting.recipe.base_model,
         base_fingerprint=_base_fingerprint(setting),
         mean_fingerprint=UNKNOWN_FINGERPRINT,
     )
+
+
+def _prior_scaling(setting: Setting) -> float | None:
+    """The scaling of factors that the prior refers to; the written one is 1 in any case."""
+    if setting.space == "full":
+        return None
+    return reference_scaling(setting) if setting.space == "factor" else 1.0
 
 
 def data_scale(scale: str, units: int | None) -> float:

@@ -29,6 +29,8 @@ class LowRank:
         transposed: the base weight is stored as (in_features, out_features), so dW is added transposed.
         precision_a: precision of A, shape of A, or None.
         precision_b: precision of B, shape of B, or None.
+        trained_scaling: the scaling that the prior in the sidecar refers to, where it is not `scaling`: a merge bakes
+            the scaling into B, and B's share of the prior with it.
     """
 
     a: TensorInfo
@@ -37,6 +39,7 @@ class LowRank:
     transposed: bool = False
     precision_a: TensorInfo | None = None
     precision_b: TensorInfo | None = None
+    trained_scaling: float | None = None
 
     @property
     def rank(self) -> int:
@@ -187,6 +190,7 @@ class ModuleStep:
         base: the prior, mean zero.
         sources: one operand per source, low rank; None where an adapter leaves this module alone.
         weights: one effective weight per source.
+        scaling: in factor space, the scaling that B refers to while it is merged; it is baked into the result.
     """
 
     name: str
@@ -202,6 +206,7 @@ class ModuleStep:
     base: Operand
     sources: tuple[Operand | None, ...]
     weights: tuple[float, ...]
+    scaling: float = 1.0
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
