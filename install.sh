@@ -29,10 +29,11 @@ find_python() {
     return 1
 }
 
-if [[ ! -x "$venv/bin/python" ]]; then
+# without pip, an earlier run was cut short
+if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     python="$(find_python)"
     echo "install.sh: creating $venv with $python" >&2
-    "$python" -m venv "$venv"
+    "$python" -m venv --clear "$venv"
 fi
 
 wanted="$("$venv/bin/python" - pyproject.toml constraints.txt <<'PY'
