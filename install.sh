@@ -33,7 +33,8 @@ find_python() {
 if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     python="$(find_python)"
     echo "install.sh: creating $venv with $python" >&2
-    "$python" -m venv --clear "$venv"
+    # only ever clear what is an environment
+    "$python" -m venv $([[ -f "$venv/pyvenv.cfg" ]] && echo --clear) "$venv"
 fi
 
 wanted="$("$venv/bin/python" - pyproject.toml constraints.txt <<'PY'
