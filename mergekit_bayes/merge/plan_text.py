@@ -83,7 +83,8 @@ def _row(step: Step, labels: Sequence[str]) -> tuple[str, str, str, str, str]:
     if isinstance(step, ModuleStep):
         shape = f"{step.out_features} x {step.in_features}, rank {step.rank}"
         return step.mode, step.name, shape, step.dtype, f"weights {weights}"
-    found = sum(source.has_precision for source in step.sources)
+    # A source without a precision of its own has been given the prior's.
+    found = sum(source.has_precision and source.precision != step.base.precision for source in step.sources)
     precisions = f"; precisions {found} of {len(step.sources)}" if step.precision_dtype is not None else ""
     return "merge", step.name, _shape(step.shape), step.dtype, f"weights {weights}{precisions}"
 
@@ -97,8 +98,8 @@ def _files(plan: MergePlan) -> list[str]:
         for unit in plan.units:
             for layout in (unit.layout, unit.precision_layout):
                 if layout is not None:
-                    count = len(layout.entries)
-                    yield f"file       {layout.filename}: {count} tensors, {format_bytes(layout.nbytes)}"
+                    count = f"{len(layout.entries)} tensor{'' if len(layout.entries) == 1 else 's'}"
+                    yield f"file       {layout.filename}: {count}, {format_bytes(layout.nbytes)}"
 
     return list(lines())
 
