@@ -153,7 +153,7 @@ class Engine:
             mean.write(entry.name, 0, stored)
             if precision is not None and precisions is not None:
                 kind = torch_dtype(step.precision_entries[which].dtype)
-                scaled = (precisions * self.precision_scale).to(kind).cpu().reshape(-1).contiguous()
+                scaled = precisions.to(kind).cpu().reshape(-1).contiguous()
                 check_precision(scaled, entry.name, "the merged precision")
                 precision.write(entry.name, 0, scaled)
 

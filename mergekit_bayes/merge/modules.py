@@ -41,7 +41,7 @@ Pair = tuple[Tensor, Tensor]
 """Factor A and factor B, or their precisions."""
 
 Write = Callable[[int, Tensor, Tensor | None], None]
-"""Receives 0 for factor A or 1 for factor B, the factor, and its precision or None."""
+"""Receives 0 for factor A or 1 for factor B, the factor, and its precision at data scale or None."""
 
 
 def run_module(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: Write) -> Record:
@@ -124,7 +124,9 @@ def _product(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: 
     record["lost_energy"] = kept.lost_energy
     precisions: tuple[Tensor | None, Tensor | None] = (None, None)
     if step.precision_dtype is not None:
-        variances, record["variance_misfit"] = fit_factor_variances(kept.a, kept.b, precision.reciprocal_())
+        # The fit is not linear, so the scale it is written at comes first.
+        spread = precision.mul_(plan.precision_scale).reciprocal_()
+        variances, record["variance_misfit"] = fit_factor_variances(kept.a, kept.b, spread)
         precisions = (variances[0].reciprocal_(), variances[1].reciprocal_())
     _write_padded(step, (kept.a, kept.b), precisions, write)
     return record
@@ -144,7 +146,7 @@ def _merge_product(
         posteriors = [_product_posterior(source, update, rows, operands) for source, update in pairs]
         merged = _merge(step, plan, base, posteriors)
         mean[rows], precision[rows] = merged.mean, merged.precision_tensor()
-        gaps += torch.tensor([0.0 if q is None else float(mismatch(merged.mean, q, base)) for q in posteriors])
+        gaps += _gaps(merged.mean, posteriors, base)
     return mean, precision, _labelled(step, gaps)
 
 
@@ -198,6 +200,12 @@ def _require_positive(step: ModuleStep, precision: Tensor) -> None:
         )
 
 
+def _gaps(merged: Tensor, posteriors: Sequence[Posterior | None], base: Posterior) -> Tensor:
+    """Mismatch of every source; an absent one has none."""
+    found = [0.0 if q is None else float(mismatch(merged, q, base)) for q in posteriors]
+    return torch.tensor(found, dtype=torch.float64)
+
+
 def _labelled(step: ModuleStep, gaps: Tensor) -> dict[str, float]:
     pairs = zip(step.sources, gaps.tolist(), strict=True)
     return {source.label: gap for source, gap in pairs if source is not None}
@@ -219,7 +227,7 @@ def _factor(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: W
         posteriors = [_factor_posterior(source, which, step.scaling, prior, operands) for source in sources]
         base = Isotropic.unchecked(torch.zeros_like(posteriors[0].mean), prior)
         merged.append(_merge(step, plan, base, posteriors))
-        gaps += torch.tensor([float(mismatch(merged[which].mean, q, base)) for q in posteriors])
+        gaps += _gaps(merged[which].mean, posteriors, base)
     a, b = merged[0].mean, merged[1].mean * step.scaling
     record = _cross_terms(Factors(a, b), _weighted_sum(step, plan, _updates(step, operands)))
     if plan.method.precision != "unused":
@@ -227,8 +235,10 @@ def _factor(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: W
         for precision in own:
             _require_positive(step, precision)
         record |= {"mismatch": _labelled(step, gaps), **_floored(plan, *own)}
-    written = step.precision_dtype is not None
-    _write_padded(step, (a, b), (own[0], own[1] / step.scaling**2) if written else (None, None), write)
+    precisions: tuple[Tensor | None, Tensor | None] = (None, None)
+    if step.precision_dtype is not None:
+        precisions = (own[0] * plan.precision_scale, own[1] * (plan.precision_scale / step.scaling**2))
+    _write_padded(step, (a, b), precisions, write)
     return record
 
 

@@ -1,0 +1,150 @@
+"""Adapters with precisions of their factors, as files and as the float64 posteriors of dW they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_bayes.merge.run import MergeResult, merge
+from tests.merge.builders import (
+    factor_names,
+    random_precisions,
+    random_tensors,
+    read_precisions,
+    read_tensors,
+    write_adapter,
+    write_checkpoint,
+    write_precisions,
+)
+from tests.merge.truth import Truth, lora_precision, lora_update, merge_tensor
+
+SHAPES: Mapping[str, tuple[int, int]] = {"layers.0.up": (7, 5), "layers.0.down": (5, 7), "layers.1.up": (7, 5)}
+"""Rows and columns of dW by module."""
+
+PRIOR = 0.02
+"""S_0 of dW: smaller than nearly every precision of dW below."""
+
+Posterior = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter.
+
+    Attributes:
+        folder: where it lies.
+        factors: A and B by module, as stored.
+        precisions: their precisions as stored, by module.
+        scaling: s in dW = s B A.
+    """
+
+    folder: Path
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    precisions: Mapping[str, tuple[Tensor, Tensor]]
+    scaling: float
+
+    @property
+    def raw_precisions(self) -> dict[str, Tensor]:
+        """The sidecar's tensors."""
+        pairs = self.precisions.items()
+        return {name: part for module, pair in pairs for name, part in zip(factor_names(module), pair, strict=True)}
+
+    def update(self, module: str) -> Tensor:
+        """The dW of a module."""
+        return lora_update(*self.factors[module], self.scaling)
+
+    def posterior(self, module: str) -> Posterior:
+        """Mean and precision of dW, entry by entry."""
+        spread = lora_precision(*self.factors[module], *self.precisions[module], self.scaling)
+        return self.update(module), spread
+
+
+@dataclass(frozen=True)
+class Make:
+    """What to write: rank, scaling, modules, and the facts of the sidecar (None: no sidecar)."""
+
+    rank: int = 2
+    scaling: float = 1.0
+    modules: Sequence[str] = tuple(SHAPES)
+    facts: Mapping[str, Any] | None = field(default_factory=dict)
+    size: float = 1.0
+
+
+def write_source(
+    folder: Path, seed: int, make: Make = Make(), *, shapes: Mapping[str, tuple[int, int]] = SHAPES
+) -> Source:
+    """Write an adapter and its sidecar."""
+    factors, precisions = {}, {}
+    for index, module in enumerate(make.modules):
+        rows, columns = shapes[module]
+        sizes = {"a": (make.rank, columns), "b": (rows, make.rank)}
+        drawn = random_tensors(100 * seed + index, sizes, scale=make.size)
+        known = random_precisions(100 * seed + index + 50, sizes, above=1.0)
+        factors[module], precisions[module] = (drawn["a"], drawn["b"]), (known["a"], known["b"])
+    write_adapter(folder, factors, alpha=make.scaling * make.rank)
+    source = Source(folder, factors, precisions, make.scaling)
+    if make.facts is not None:
+        write_precisions(folder, source.raw_precisions, **make.facts)
+    return source
+
+
+def write_sources(root: Path, *makes: Make) -> list[Source]:
+    """Adapters `one`, `two`, ... in a folder."""
+    names = ("one", "two", "three", "four")
+    return [write_source(root / name, seed, make) for seed, (name, make) in enumerate(zip(names, makes, strict=False))]
+
+
+def merge_sources(
+    method: str, sources: Sequence[Source], weights: Sequence[float], out: Path, *, threads: int = 1, **recipe: Any
+) -> MergeResult:
+    """Merge adapters, in float64 unless `recipe` says otherwise; no base is read, `task_arithmetic` excepted."""
+    models = [{"model": str(s.folder), "parameters": {"weight": w}} for s, w in zip(sources, weights, strict=True)]
+    content = {"merge_method": method, "models": models, "dtype": "float64", **recipe}
+    if method in ("gradient_matching", "posterior", "task_arithmetic"):
+        content.setdefault("base_model", str(_base(sources[0].folder.parent / "base")))
+    if method in ("gradient_matching", "posterior"):
+        content.setdefault("precision", {"prior": PRIOR})
+    return merge(content, out, threads=threads)
+
+
+def _base(folder: Path) -> Path:
+    if not folder.exists():
+        write_checkpoint(folder, random_tensors(0, {f"{name}.weight": shape for name, shape in SHAPES.items()}))
+    return folder
+
+
+def merged_update(folder: Path, module: str) -> Tensor:
+    """The dW of a merged adapter, in float64."""
+    tensors = read_tensors(folder, "adapter_model")
+    a, b = (tensors[name].double() for name in factor_names(module))
+    return b @ a
+
+
+def merged_variance(folder: Path, module: str) -> Tensor:
+    """The variance of dW that the factors of a merged adapter and its sidecar stand for."""
+    tensors, precisions = read_tensors(folder, "adapter_model"), read_precisions(folder)
+    names = factor_names(module)
+    return 1 / lora_precision(*(tensors[name] for name in names), *(precisions[name] for name in names), 1.0)
+
+
+def truth(
+    method: str, sources: Sequence[Posterior | None], weights: Sequence[float], *, floor: float | None = None
+) -> Truth:
+    """The oracle of a method on dW; None is a source that leaves the module alone."""
+    shape = next(source[0].shape for source in sources if source is not None)
+    prior = (torch.zeros(shape, dtype=torch.float64), PRIOR)
+    if method == "hessian_weighted":
+        pairs = [(source, weight) for source, weight in zip(sources, weights, strict=True) if source is not None]
+        return merge_tensor(method, prior, [p[0] for p in pairs], [p[1] for p in pairs], floor=floor)
+    return merge_tensor(method, prior, [prior if s is None else s for s in sources], weights, floor=floor)
+
+
+def lost_energy(update: Tensor, rank: int) -> float:
+    """Share of the squared norm that the best approximation of this rank leaves out."""
+    squares = torch.linalg.svdvals(update).square()
+    return float(squares[rank:].sum() / squares.sum())

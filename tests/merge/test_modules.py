@@ -1,0 +1,349 @@
+"""One adapted layer at a time: merges in product and in factor space, from files to files, against float64 oracles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_bayes.errors import NonFiniteError, NonPositivePrecisionError
+from mergekit_bayes.merge import lora
+from mergekit_bayes.merge.modules import coefficients
+from mergekit_bayes.merge.registry import get_method
+from tests.merge.adapter_problem import (
+    PRIOR,
+    SHAPES,
+    Make,
+    Source,
+    lost_energy,
+    merge_sources,
+    merged_update,
+    merged_variance,
+    truth,
+    write_sources,
+)
+from tests.merge.builders import factor_names, read_precisions, read_tensors, write_adapter, write_precisions
+from tests.merge.truth import merge_tensor, mismatch
+
+PRECISION_METHODS = ("gradient_matching", "posterior", "hessian_weighted")
+PRIOR_METHODS = ("gradient_matching", "posterior")
+SCALAR_METHODS = ("linear", "task_arithmetic")
+WHOLE = {"output": {"rank": 5}}
+"""The rank of every layer of the problem: nothing is cut off."""
+
+
+def assert_close(seen: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(seen.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Source]:
+    return write_sources(tmp_path, Make(rank=2, scaling=0.5), Make(rank=1, scaling=2.0), Make(rank=2))
+
+
+# --- product space ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (1.0, 1.0, 1.0), (0.9, 0.7, 0.0)])
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_updates_are_merged_as_dense_posteriors(
+    method: str, weights: Sequence[float], sources: list[Source], tmp_path: Path
+) -> None:
+    report = merge_sources(method, sources, weights, tmp_path / "out", **WHOLE).report
+    for module in SHAPES:
+        wanted = truth(method, [source.posterior(module) for source in sources], weights)
+        assert_close(merged_update(tmp_path / "out", module), wanted.mean)
+        measured = report["layers"][module]
+        assert measured["lost_energy"] == 0.0
+        gap = (merged_variance(tmp_path / "out", module) - 1 / wanted.precision).abs().sum()
+        # the sidecar is float32
+        assert measured["variance_misfit"] == pytest.approx(float(gap / (1 / wanted.precision).sum()), rel=1e-4)
+
+
+def test_precisions_change_the_merge(sources: list[Source], tmp_path: Path) -> None:
+    """What the tests above would not show if precisions were ignored altogether."""
+    weights = (0.5, 0.3, 0.2)
+    module = next(iter(SHAPES))
+    merge_sources("hessian_weighted", sources, weights, tmp_path / "out", **WHOLE)
+    plain = sum(w * source.update(module) for w, source in zip(weights, sources, strict=True))
+    gap = torch.linalg.norm(merged_update(tmp_path / "out", module) - plain) / torch.linalg.norm(plain)  # type: ignore[arg-type]
+    assert float(gap) > 0.2
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+@pytest.mark.parametrize("rank", [None, 1, 3])
+def test_the_lost_energy_is_that_of_the_dense_update(
+    method: str, rank: int | None, sources: list[Source], tmp_path: Path
+) -> None:
+    weights = (0.5, 0.3, 0.2)
+    recipe: dict[str, Any] = {} if rank is None else {"output": {"rank": rank}}
+    report = merge_sources(method, sources[:2], weights[:2], tmp_path / "out", **recipe).report
+    for module in SHAPES:
+        wanted = truth(method, [source.posterior(module) for source in sources[:2]], weights[:2]).mean
+        kept = rank or 3  # by default the sum of the ranks, 2 and 1
+        assert report["layers"][module]["lost_energy"] == pytest.approx(lost_energy(wanted, kept), rel=1e-9)
+        assert report["layers"][module]["lost_energy"] > 1e-6
+        u, sigma, vh = torch.linalg.svd(wanted, full_matrices=False)
+        assert_close(merged_update(tmp_path / "out", module), (u[:, :kept] * sigma[:kept]) @ vh[:kept])
+
+
+@pytest.mark.parametrize("method", SCALAR_METHODS)
+@pytest.mark.parametrize("rank", [None, 1, 3, 4, 5, 50])
+def test_scalar_weights_stack_exactly_unless_a_rank_is_asked_for(
+    method: str, rank: int | None, sources: list[Source], tmp_path: Path
+) -> None:
+    weights = (0.5, 0.3, -0.2)
+    recipe: dict[str, Any] = {} if rank is None else {"output": {"rank": rank}}
+    report = merge_sources(method, sources, weights, tmp_path / "out", **recipe).report
+    effective = [weight / (sum(weights) if method == "linear" else 1.0) for weight in weights]
+    kept = min(rank or 5, 5)
+    for module in SHAPES:
+        exact = sum((w * s.update(module) for w, s in zip(effective, sources, strict=True)), torch.zeros(()).double())
+        u, sigma, vh = torch.linalg.svd(exact, full_matrices=False)
+        assert_close(merged_update(tmp_path / "out", module), (u[:, :kept] * sigma[:kept]) @ vh[:kept])
+        lost = report["layers"].get(module, {"lost_energy": 0.0})["lost_energy"]
+        assert lost == pytest.approx(lost_energy(exact, kept), rel=1e-9, abs=1e-15)
+    assert not (tmp_path / "out" / "precision.safetensors").exists()
+
+
+def test_a_single_source_at_weight_one_keeps_its_update_and_about_its_variance(tmp_path: Path) -> None:
+    (source,) = write_sources(tmp_path, Make(rank=2, scaling=0.5))
+    report = merge_sources("gradient_matching", [source], (1.0,), tmp_path / "out").report
+    for module in SHAPES:
+        mean, precision = source.posterior(module)
+        assert_close(merged_update(tmp_path / "out", module), mean)
+        assert report["layers"][module]["lost_energy"] < 1e-12
+        assert report["layers"][module]["variance_misfit"] < 0.2
+        ratio = merged_variance(tmp_path / "out", module) * precision
+        assert 0.8 < float(ratio.mean()) < 1.25
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_a_source_without_the_module_has_the_prior_or_no_say(method: str, tmp_path: Path) -> None:
+    everywhere, partly = write_sources(tmp_path, Make(), Make(modules=("layers.0.up",), rank=1))
+    weights = (0.6, 0.9)
+    report = merge_sources(method, [everywhere, partly], weights, tmp_path / "out", **WHOLE).report
+    for module in SHAPES:
+        other = partly.posterior(module) if module in partly.factors else None
+        wanted = truth(method, [everywhere.posterior(module), other], weights)
+        assert_close(merged_update(tmp_path / "out", module), wanted.mean)
+    assert report["mismatch"][str(partly.folder)]["by_layer"].keys() == {"layers.0.up"}
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_a_module_of_one_adapter_alone_is_moved_by_the_prior_only(method: str, tmp_path: Path) -> None:
+    one, two = write_sources(tmp_path, Make(modules=("layers.0.up",)), Make(modules=("layers.0.down",)))
+    merge_sources(method, [one, two], (0.6, 0.9), tmp_path / "out", **WHOLE)
+    mean, precision = one.posterior("layers.0.up")
+    # a S m / (S_0 + a (S - S_0)), and without a prior a S m / (a S)
+    prior = 0.0 if method == "hessian_weighted" else PRIOR
+    kept = 0.6 * precision / (prior + 0.6 * (precision - prior))
+    assert_close(merged_update(tmp_path / "out", "layers.0.up"), kept * mean)
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_a_number_stands_for_the_precision_of_every_entry(method: str, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(), Make(facts=None))
+    recipe = {
+        "models": [
+            {"model": str(sources[0].folder), "parameters": {"weight": 0.5}},
+            {"model": str(sources[1].folder), "parameters": {"weight": 0.5}, "precision": 0.7},
+        ]
+    }
+    merge_sources(method, sources, (0.5, 0.5), tmp_path / "out", **recipe, **WHOLE)
+    for module in SHAPES:
+        mean = sources[1].update(module)
+        wanted = truth(method, [sources[0].posterior(module), (mean, torch.full_like(mean, 0.7))], (0.5, 0.5))
+        assert_close(merged_update(tmp_path / "out", module), wanted.mean)
+
+
+def test_a_source_without_sidecar_has_the_precision_of_the_prior_where_the_method_allows_it(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(), Make(facts=None))
+    merge_sources("posterior", sources, (0.5, 0.8), tmp_path / "out", **WHOLE)
+    for module in SHAPES:
+        mean = sources[1].update(module)
+        wanted = truth("posterior", [sources[0].posterior(module), (mean, torch.full_like(mean, PRIOR))], (0.5, 0.8))
+        assert_close(merged_update(tmp_path / "out", module), wanted.mean)
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_scale_mean_divides_the_precision_of_the_update_by_the_training_units(method: str, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(facts={"num_examples": 3}), Make(facts={"num_examples": 40}))
+    weights = (0.5, 0.4)
+    report = merge_sources(method, sources, weights, tmp_path / "out", scale="mean", **WHOLE).report
+    for module in SHAPES:
+        posteriors = [source.posterior(module) for source in sources]
+        shares = [(m, S / n) for (m, S), n in zip(posteriors, (3, 40), strict=True)]
+        wanted = truth(method, shares, weights)
+        assert_close(merged_update(tmp_path / "out", module), wanted.mean)
+        # what is written counts all data again
+        ratio = merged_variance(tmp_path / "out", module) * wanted.precision * 43
+        assert 0.8 < float(ratio.mean()) < 1.25
+        prior = 0.0 if method == "hessian_weighted" else PRIOR
+        gap = mismatch(wanted.mean, shares[1][0], shares[1][1], prior)
+        assert report["mismatch"][str(sources[1].folder)]["by_layer"][module] == pytest.approx(40 * gap, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_the_mismatch_is_that_of_the_merge_before_anything_is_cut_off(
+    method: str, sources: list[Source], tmp_path: Path
+) -> None:
+    weights = (0.5, 0.3, 0.2)
+    report = merge_sources(method, sources, weights, tmp_path / "out", output={"rank": 1}).report
+    prior = 0.0 if method == "hessian_weighted" else PRIOR
+    for source in sources:
+        by_layer = report["mismatch"][str(source.folder)]["by_layer"]
+        for module in SHAPES:
+            posteriors = [each.posterior(module) for each in sources]
+            wanted = truth(method, posteriors, weights)
+            gap = mismatch(wanted.mean, *source.posterior(module), prior)
+            assert by_layer[module] == pytest.approx(gap, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+@pytest.mark.parametrize("space", ["product", "factor"])
+def test_removing_more_than_there_is_names_the_module_and_the_share(method: str, space: str, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(), Make())
+    with pytest.raises(NonPositivePrecisionError, match=r"layers\..*% of \d+ merged precisions.*one: 0\.2, .*two: -1"):
+        merge_sources(method, sources, (0.2, -1.0), tmp_path / "out", space=space)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_a_floor_holds_up_the_precision_and_its_share_is_reported(method: str, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(), Make())
+    weights, floor = (0.8, -0.5), 0.1
+    recipe = {"precision": {"floor": floor, "prior": PRIOR}}
+    report = merge_sources(method, sources, weights, tmp_path / "out", **recipe, **WHOLE).report
+    for module, (rows, columns) in SHAPES.items():
+        wanted = truth(method, [source.posterior(module) for source in sources], weights, floor=floor)
+        assert_close(merged_update(tmp_path / "out", module), wanted.mean)
+        raised = int((wanted.precision <= floor).sum())
+        assert 0 < raised < rows * columns
+        assert report["layers"][module]["floored_entries"] == raised
+        assert report["layers"][module]["entries"] == rows * columns
+
+
+def test_rows_are_merged_in_blocks(sources: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = (0.5, 0.3, 0.2)
+    merge_sources("gradient_matching", sources, weights, tmp_path / "whole")
+    monkeypatch.setattr(lora, "ROWS_ELEMENTS", 11)
+    merge_sources("gradient_matching", sources, weights, tmp_path / "cut")
+    for module in SHAPES:
+        assert_close(merged_update(tmp_path / "cut", module), merged_update(tmp_path / "whole", module))
+        assert_close(merged_variance(tmp_path / "cut", module), merged_variance(tmp_path / "whole", module), 1e-6)
+
+
+# --- factor space -----------------------------------------------------------------------------------------------------
+
+
+def factor_truth(
+    method: str,
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    module: str,
+    *,
+    prior: float,
+    shares: Sequence[float],
+    reference: float,
+) -> list[tuple[Tensor, Tensor]]:
+    """Mean and precision of A and of B, B at the reference scaling, each source's prior exchanged for the merge's."""
+    merged = []
+    for which in (0, 1):
+        posteriors = []
+        for source, share in zip(sources, shares, strict=True):
+            ratio = source.scaling / reference if which else 1.0
+            mean, precision = source.factors[module][which].double(), source.precisions[module][which].double()
+            posteriors.append((mean * ratio, prior + (precision - share) / ratio**2))
+        zero = torch.zeros_like(posteriors[0][0])
+        result = merge_tensor(method, (zero, prior), posteriors, weights)
+        merged.append((result.mean, result.precision))
+    return merged
+
+
+@pytest.mark.parametrize("scalings", [(1.0, 1.0), (0.5, 2.0), (3.0, -1.5)])
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_factors_are_merged_each_on_its_own(method: str, scalings: Sequence[float], tmp_path: Path) -> None:
+    facts = ({"prior_precision": 0.25}, {"prior_precision": 0.5})
+    makes = [Make(scaling=s, facts=f) for s, f in zip(scalings, facts, strict=True)]
+    sources, weights = write_sources(tmp_path, *makes), (0.7, 0.6)
+    merge_sources(method, sources, weights, tmp_path / "out", space="factor", precision={"prior": 0.125})
+    tensors, precisions = read_tensors(tmp_path / "out", "adapter_model"), read_precisions(tmp_path / "out")
+    prior, shares = (0.125, (0.25, 0.5)) if method in PRIOR_METHODS else (0.0, (0.0, 0.0))
+    reference = max(abs(s) for s in scalings)
+    for module in SHAPES:
+        (a, spread_a), (b, spread_b) = factor_truth(
+            method, sources, weights, module, prior=prior, shares=shares, reference=reference
+        )
+        name_a, name_b = factor_names(module)
+        assert_close(tensors[name_a], a)
+        assert_close(tensors[name_b], reference * b)
+        assert_close(precisions[name_a], spread_a, 1e-6)
+        assert_close(precisions[name_b], spread_b / reference**2, 1e-6)
+
+
+@pytest.mark.parametrize("method", PRECISION_METHODS)
+def test_a_single_source_in_factor_space_is_kept(method: str, tmp_path: Path) -> None:
+    (source,) = write_sources(tmp_path, Make(scaling=2.0, facts={"prior_precision": 0.25}))
+    merge_sources(method, [source], (1.0,), tmp_path / "out", space="factor", precision={"prior": 0.25})
+    tensors, precisions = read_tensors(tmp_path / "out", "adapter_model"), read_precisions(tmp_path / "out")
+    for module in SHAPES:
+        for factor, name, baked in zip((0, 1), factor_names(module), (1.0, 2.0), strict=True):
+            assert_close(tensors[name], baked * source.factors[module][factor].double(), 1e-14)
+            assert_close(precisions[name], source.precisions[module][factor].double() / baked**2, 1e-6)
+
+
+@pytest.mark.parametrize("method", SCALAR_METHODS + PRECISION_METHODS)
+def test_the_size_of_the_cross_terms_is_reported(method: str, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(scaling=0.5), Make(scaling=2.0))
+    recipe = {"space": "factor", "precision": {"prior": 0.125}} if method in PRECISION_METHODS else {"space": "factor"}
+    report = merge_sources(method, sources, (0.75, 0.5), tmp_path / "out", **recipe).report
+    shares = {"linear": (0.6, 0.4), "hessian_weighted": (0.6, 0.4)}.get(method, (0.75, 0.5))
+    for module in SHAPES:
+        exact = sum(w * source.update(module) for w, source in zip(shares, sources, strict=True))
+        gap = torch.linalg.norm(merged_update(tmp_path / "out", module) - exact) / torch.linalg.norm(exact)  # type: ignore[arg-type]
+        assert report["layers"][module]["cross_terms"] == pytest.approx(float(gap), rel=1e-9)
+        assert float(gap) > 0.1
+
+
+def test_adapters_with_one_common_factor_have_no_cross_terms(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(scaling=0.5, facts=None), Make(scaling=2.0, facts=None))
+    shared = {name: (sources[0].factors[name][0], b) for name, (_, b) in sources[1].factors.items()}
+    write_adapter(sources[1].folder, shared, alpha=4.0)
+    report = merge_sources("linear", sources, (0.75, 0.5), tmp_path / "out", space="factor").report
+    assert all(layer["cross_terms"] < 1e-12 for layer in report["layers"].values())
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["product", "factor"])
+@pytest.mark.parametrize("method", SCALAR_METHODS + PRECISION_METHODS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_factor_that_is_no_number_is_named(method: str, space: str, bad: float, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(), Make())
+    sources[1].factors["layers.0.down"][1][2, 1] = bad
+    write_adapter(sources[1].folder, dict(sources[1].factors), alpha=2.0)
+    recipe: dict[str, Any] = {"precision": {"prior": 0.125}} if method in PRIOR_METHODS else {}
+    write_precisions(sources[1].folder, sources[1].raw_precisions)
+    with pytest.raises(NonFiniteError, match=r"layers\.0\.down\.lora_B.*1 of 10 values in .*two"):
+        merge_sources(method, sources, (0.5, 0.5), tmp_path / "out", space=space, **recipe)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("linear", [0.75, -0.25]),
+        ("task_arithmetic", [0.75, -0.25]),
+        ("gradient_matching", [0.75, -0.25]),
+        ("posterior", [0.75, -0.25]),
+        ("hessian_weighted", [1.5, -0.5]),
+    ],
+)
+def test_coefficients_are_what_equal_precisions_leave_of_the_weights(method: str, expected: list[float]) -> None:
+    assert coefficients(get_method(method), [0.75, -0.25]) == pytest.approx(expected, rel=1e-15)
