@@ -248,9 +248,11 @@ def _saved_problems(
 
 
 def _saved_operand(setting: Setting, source: Input, name: str, tensor: TensorInfo) -> Operand | None:
-    """One source's posterior of a tensor; None where it leaves it alone and the method asks for no prior."""
+    """One source's posterior of a tensor; where it leaves it alone, the prior's, or None if the method has no prior."""
     operand = Operand(source.label, tensor)
-    found = setting.posterior_of(source, operand, tensor.name, base_name=name)
-    if found is None and name in adapter_of(source).saved:
+    if name not in adapter_of(source).saved and setting.uses_precision:
+        return setting.with_prior(operand, name) if setting.needs_prior else None
+    found = setting.posterior_of(source, operand, tensor.name)
+    if found is None:
         setting.problems.append(setting.no_precision(source, tensor.name))
     return found

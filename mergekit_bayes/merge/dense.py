@@ -225,10 +225,12 @@ def _operand(setting: Setting, source: DenseInput, name: str, base: TensorInfo) 
     """One source's posterior of one tensor; None where it has nothing to say (no prior and no precision)."""
     module, stored = source.adapter.modules.get(name), source.stored(name)
     operand = Operand(source.source.label, stored, None if module is None else _low_rank(module))
+    if source.source.adapter is not None and module is None and stored == base and setting.uses_precision:
+        # What an adapter leaves alone, it knows no more about than the prior, whatever precision its factors have.
+        return setting.with_prior(operand, base.name) if setting.needs_prior else None
     # Where a head is tied, its precision is that of the embedding.
     found = setting.posterior_of(source.source, operand, stored.name, base_name=base.name)
-    leaves_it = source.source.adapter is not None and module is None and stored == base
-    if found is None and not leaves_it:
+    if found is None:
         setting.problems.append(setting.no_precision(source.source, name))
     return found
 

@@ -122,7 +122,7 @@ class Engine:
         count = step.entries[0].numel
         per_element = sum(DTYPES[tensor.dtype].itemsize for tensor in step.inputs)
         size = max(CHUNK, self.options.block_bytes // max(1, per_element) // CHUNK * CHUNK)
-        if isinstance(step, MergeStep) and any(operand.low_rank for operand in step.sources):
+        if isinstance(step, MergeStep) and any(operand.low_rank for operand in (step.base, *step.sources)):
             row = step.shape[-1]
             size = max(1, size // row) * row
         yield from ((start, min(start + size, count)) for start in range(0, max(count, 1), size))

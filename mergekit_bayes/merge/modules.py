@@ -173,7 +173,7 @@ def _merge(step: ModuleStep, plan: MergePlan, base: Posterior, posteriors: Seque
         chosen = [(base if q is None else q, w) for q, w in zip(posteriors, step.weights, strict=True)]
     else:
         chosen = [(q, w) for q, w in zip(posteriors, step.weights, strict=True) if q is not None]
-    weights = torch.tensor([weight for _, weight in chosen], dtype=base.mean.dtype, device=base.mean.device)
+    weights = torch.tensor([weight for _, weight in chosen], dtype=torch.float64, device=base.mean.device)
     floor = plan.recipe.precision.floor
     options = {} if floor is None else {"floor": floor}
     return plan.method.kernel(base, [q for q, _ in chosen], weights, **options)

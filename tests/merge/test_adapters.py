@@ -56,15 +56,20 @@ CASES = {
     "embedding of one": Case("llama", ((0.7, {"target_modules": ["embed_tokens", "q_proj"]}), (0.4, ATTENTION))),
     "head adapted": Case("llama", ((0.7, {"target_modules": ["lm_head", "q_proj"]}), (0.4, ATTENTION))),
     "head stored whole": Case(
-        "llama", ((0.7, {**ATTENTION, "modules_to_save": ["lm_head"]}), (0.4, {**ATTENTION, "modules_to_save": ["lm_head"]}))
+        "llama",
+        ((0.7, {**ATTENTION, "modules_to_save": ["lm_head"]}), (0.4, {**ATTENTION, "modules_to_save": ["lm_head"]})),
     ),
-    "head stored whole by one": Case("llama", ((0.7, {**ATTENTION, "modules_to_save": ["lm_head"]}), (-0.4, ATTENTION))),
+    "head stored whole by one": Case(
+        "llama", ((0.7, {**ATTENTION, "modules_to_save": ["lm_head"]}), (-0.4, ATTENTION))
+    ),
     "transposed weights": Case("gpt2", ((0.7, GPT2), (0.4, {**GPT2, "r": 2}))),
     "transposed and not": Case("gpt2", ((0.7, {**GPT2, "target_modules": ["c_attn", "lm_head"]}), (0.4, GPT2))),
     "tied embedding": Case("gpt2", ((0.7, {**GPT2, "target_modules": ["c_attn", "wte"]}), (0.4, GPT2))),
     "tied embedding of a llama": Case("llama_tied", ((0.7, {"target_modules": ["embed_tokens"]}), (0.4, ATTENTION))),
     "tied head adapted": Case("llama_tied", ((0.7, {"target_modules": ["lm_head"]}), (0.4, ATTENTION))),
-    "tied head stored whole": Case("llama_tied", ((0.7, {**ATTENTION, "modules_to_save": ["lm_head"]}), (0.4, ATTENTION))),
+    "tied head stored whole": Case(
+        "llama_tied", ((0.7, {**ATTENTION, "modules_to_save": ["lm_head"]}), (0.4, ATTENTION))
+    ),
     "classifier": Case(
         "bert",
         (
