@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mergekit_bayes.errors import PlanError
 from mergekit_bayes.merge.run import merge
 from tests.merge.adapter_builders import dense_merge, load_adapted, load_base, logits, quiet, save_adapter
 
@@ -95,19 +96,35 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable
     return adapter
 
 
+def inputs(case: Case, adapters: Adapters) -> tuple[list[Path], list[float], list[dict[str, Any]]]:
+    """Folders and weights of a case, and its models as a recipe has them."""
+    folders = [adapters(case.model, seed=1 + i, **lora) for i, (_, lora) in enumerate(case.adapters)]
+    weights = [weight for weight, _ in case.adapters]
+    models = [{"model": str(f), "parameters": {"weight": w}} for f, w in zip(folders, weights, strict=True)]
+    return folders, weights, models
+
+
+def assert_same_logits(seen: Any, wanted: Any) -> None:
+    torch.testing.assert_close(logits(seen), logits(wanted), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_merged_adapter_gives_the_logits_of_the_dense_merge(
+def test_merged_adapter_and_merged_checkpoint_give_the_logits_of_the_dense_merge(
     name: str, adapters: Adapters, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     case = CASES[name]
     base = tiny_checkpoint(case.model)
-    folders = [adapters(case.model, seed=1 + i, **lora) for i, (_, lora) in enumerate(case.adapters)]
-    weights = [weight for weight, _ in case.adapters]
-    models = [{"model": str(f), "parameters": {"weight": w}} for f, w in zip(folders, weights, strict=True)]
-    recipe = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models, **case.recipe}
-    merge(recipe, tmp_path / "out", threads=1)
-    wanted = logits(dense_merge(base, folders, weights))
+    folders, weights, models = inputs(case, adapters)
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+    merge(recipe, tmp_path / "adapter", threads=1)
+    wanted = dense_merge(base, folders, weights)
+    assert float((logits(load_base(base)) - logits(wanted)).abs().max()) > 0.01
     with quiet():
-        seen = logits(load_adapted(base, tmp_path / "out"))
-    assert float((logits(load_base(base)) - wanted).abs().max()) > 0.01
-    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-5)
+        assert_same_logits(load_adapted(base, tmp_path / "adapter"), wanted)
+    full = {**recipe, "space": "full"}
+    if name.startswith("tied embedding"):
+        with pytest.raises(PlanError, match=r"changes .*(wte|embed_tokens)\.weight, which is also the output head"):
+            merge(full, tmp_path / "full")
+        return
+    merge(full, tmp_path / case.model, threads=1)
+    assert_same_logits(load_base(tmp_path / case.model), wanted)
