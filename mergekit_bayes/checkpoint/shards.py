@@ -184,7 +184,7 @@ def _nothing_found(folder: Path, stem: str, present: Iterable[str]) -> str:
     expected = f"expected {stem}.safetensors or {stem}.safetensors.index.json"
     if "adapter_config.json" in present:
         return f"{shown(folder)}: is a PEFT adapter, not a model; {expected}, or `model+adapter`"
-    if others := sorted(name for name in present if name.endswith(".safetensors")):
+    if others := sorted(n for n in present if n.endswith(".safetensors") and not n.startswith("precision")):
         return f"{shown(folder)}: holds {listed(others)}; {expected}"
     if pickles := sorted(name for name in present if name.endswith(_PICKLES)):
         seen = f"{shown(folder)}: holds only pickles ({listed(pickles)}), which can run code when loaded"
