@@ -27,6 +27,7 @@ def model_card(plan: MergePlan, report: Mapping[str, Any]) -> str:
         f"Made with `mergekit_bayes`, method `{plan.method.name}` ({plan.method.paper}), space `{plan.space}`.",
         plan.method.summary,
         _sources(plan, report),
+        _adapter(plan, report),
         _precision(plan),
         "## Recipe\n\n```yaml\n" + dump_yaml(recipe) + "```",
         "`merge_report.json` holds fingerprints of every input, versions, and what was measured layer by layer.",
@@ -56,6 +57,17 @@ def _sources(plan: MergePlan, report: Mapping[str, Any]) -> str:
             cost += f" ({gap['per_unit']:.3g} per training unit)"
         lines.append(f"| {source.label} | {shown} | {cost} |")
     return "\n".join(lines)
+
+
+def _adapter(plan: MergePlan, report: Mapping[str, Any]) -> str:
+    if plan.space == "full":
+        return ""
+    lost = report["largest"].get("lost_energy")
+    cut = f" At most {lost['value']:.3g} of a layer's squared norm was lost to the rank." if lost is not None else ""
+    return (
+        f"A LoRA adapter of rank {plan.configuration['r']} with scaling 1, to be loaded on its base with "
+        f"`PeftModel.from_pretrained`.{cut}"
+    )
 
 
 def _precision(plan: MergePlan) -> str:

@@ -69,42 +69,76 @@ def _note_differences(setting: Setting, donor: Input, source: Input) -> None:
 
 
 def _adapter_configuration(setting: Setting, steps: list[Step]) -> dict[str, object]:
+    """A plain LoRA configuration: one rank, scaling 1, nothing that only some readers of adapters understand."""
     configs = [source.adapter.config for source in setting.sources if source.adapter]
-    first = configs[0]
-    modules = [step for step in steps if isinstance(step, ModuleStep)]
-    rank = max((step.rank for step in modules), default=1)
-    saved = sorted({name for config in configs for name in cast(list[str], config.get("modules_to_save") or [])})
-    base = setting.recipe.base_model or first.get("base_model_name_or_path")
-    named = {str(config.get("base_model_name_or_path")) for config in configs}
-    if len(named) > 1:
-        setting.notes.append(f"the adapters name different bases ({', '.join(sorted(named))}); the output names {base}")
+    modules = [step.name for step in steps if isinstance(step, ModuleStep)]
+    rank = max((step.rank for step in steps if isinstance(step, ModuleStep)), default=1)
+    base, revision = _named_base(setting, configs)
+    task_type = _shared(setting, configs, "task_type")
     return {
+        "auto_mapping": None if task_type else _shared(setting, configs, "auto_mapping"),
         "base_model_name_or_path": base,
         "bias": "none",
-        "fan_in_fan_out": bool(first.get("fan_in_fan_out")),
+        "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "modules_to_save": saved or None,
+        "modules_to_save": _saved_modules(setting, configs) or None,
         "peft_type": "LORA",
         "r": rank,
-        "revision": first.get("revision"),
+        "revision": revision,
         "target_modules": _targets(configs, modules),
-        "task_type": first.get("task_type"),
+        "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
     }
 
 
-def _targets(configs: list[Mapping[str, object]], modules: list[ModuleStep]) -> list[str]:
-    """The sources' own short list where they share one, else the full path of every adapted module.
+def _named_base(setting: Setting, configs: list[Mapping[str, object]]) -> tuple[object, object]:
+    """Name and revision of the base, for those who load the adapter by itself."""
+    base = setting.base.checkpoint if setting.base is not None else None
+    if base is not None:
+        written = str(setting.recipe.base_model)
+        return (written, None) if base.revision is None else (written.partition("@")[0], base.revision)
+    names = [str(config["base_model_name_or_path"]) for config in configs if config.get("base_model_name_or_path")]
+    if len(set(names)) > 1:
+        listed = ", ".join(sorted(set(names)))
+        setting.notes.append(f"the adapters name different bases ({listed}); the output names {names[0]}")
+    first = next((config for config in configs if config.get("base_model_name_or_path")), configs[0])
+    return first.get("base_model_name_or_path"), first.get("revision")
 
-    A short name such as `q_proj` reaches every module that ends in it, so it only describes the merge if all sources
-    used the same list.
+
+def _shared(setting: Setting, configs: list[Mapping[str, object]], key: str) -> object:
+    """What the configurations that have this key say; the first one's value where they differ, with a note."""
+    values = [config[key] for config in configs if config.get(key) is not None]
+    if any(value != values[0] for value in values):
+        setting.notes.append(f"adapter_config.json: {key} differs between the adapters; the output has {values[0]!r}")
+    return values[0] if values else None
+
+
+def _saved_modules(setting: Setting, configs: list[Mapping[str, object]]) -> list[str]:
+    """Modules stored whole, by the sources' own names; PEFT stores some that no configuration names, tied heads."""
+    named = {str(name) for config in configs for name in cast(list[str], config.get("modules_to_save") or [])}
+    saved = {name for source in setting.sources if source.adapter for name in source.adapter.saved}
+    owners = {name.rpartition(".")[0] for name in saved}
+    used = {name for name in named if any(_reaches(name, owner) for owner in owners)}
+    return sorted(used | {owner for owner in owners if not any(_reaches(name, owner) for name in used)})
+
+
+def _reaches(name: str, module: str) -> bool:
+    """Whether a name such as `score` or `model.score` means this module or one around it."""
+    return f".{name}." in f".{module}."
+
+
+def _targets(configs: list[Mapping[str, object]], modules: list[str]) -> list[str]:
+    """The sources' own short names where they reach what was adapted and nothing else, else the full paths.
+
+    A short name such as `q_proj` reaches every module that ends in it. So did the source that used it, unless its
+    configuration picked layers or left modules out.
     """
     lists = [config.get("target_modules") for config in configs]
-    first = lists[0]
-    if isinstance(first, list) and all(isinstance(other, list) and set(other) == set(first) for other in lists):
-        return sorted(str(name) for name in first)
-    return [step.name for step in modules]
+    picky = any(config.get(key) for config in configs for key in ("exclude_modules", "layers_to_transform"))
+    names = sorted({str(name) for each in lists if isinstance(each, list) for name in each})
+    reached = all(any(f".{module}".endswith(f".{name}") for name in names) for module in modules)
+    return names if reached and not picky and all(isinstance(each, list) for each in lists) else modules

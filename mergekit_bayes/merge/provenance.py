@@ -116,6 +116,7 @@ def report(plan: MergePlan, records: Mapping[str, Mapping[str, object]], options
         },
         "mismatch": _mismatch(plan, records),
         "layers": _measurements(records),
+        "largest": _largest(records),
         "seed": plan.recipe.seed,
         "options": dict(options),
         "versions": _versions(),
@@ -173,6 +174,17 @@ def _measurements(records: Mapping[str, Mapping[str, object]]) -> dict[str, dict
     """What was measured by layer, without the mismatch."""
     kept = {name: {key: value for key, value in records[name].items() if key != "mismatch"} for name in sorted(records)}
     return {name: record for name, record in kept.items() if record}
+
+
+def _largest(records: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
+    """The layer where an approximation of adapters is worst, for each of its measures."""
+    found: dict[str, dict[str, object]] = {}
+    for key in ("cross_terms", "lost_energy", "variance_misfit"):
+        values = {name: value for name in sorted(records) if isinstance(value := records[name].get(key), float)}
+        if values:
+            worst = max(values, key=lambda name: values[name])
+            found[key] = {"layer": worst, "value": values[worst]}
+    return found
 
 
 def _versions(names: Sequence[str] = ("mergekit-bayes", "torch", "safetensors")) -> dict[str, str]:

@@ -32,6 +32,14 @@ PATIENCE = 600.0
 """Seconds that a process waits for the leading one to prepare the output folder."""
 
 
+APPROXIMATIONS = {
+    "cross_terms": "cross terms of averaging A and B separately, relative to the exact update",
+    "lost_energy": "share of the update's squared norm lost to the rank",
+    "variance_misfit": "relative error of the variance in the factors' precisions",
+}
+"""What a report's measures of merged adapters say, in words."""
+
+
 @dataclass(frozen=True)
 class MergeResult:
     """A finished merge.
@@ -53,6 +61,8 @@ class MergeResult:
         for label, gap in self.report["mismatch"].items():
             unit = f" ({gap['per_unit']:.3g} per training unit)" if gap["per_unit"] is not None else ""
             lines.append(f"  predicted loss increase of {label}: {gap['total']:.4g}{unit}")
+        for key, worst in self.report["largest"].items():
+            lines.append(f"  {APPROXIMATIONS[key]}: at most {worst['value']:.3g}, in {worst['layer']}")
         lines += [f"  note: {note}" for note in tensors["notes"]]
         return "\n".join(lines)
 
