@@ -233,9 +233,10 @@ class Setting:
 
     def no_precision(self, source: Input, name: str) -> MissingInputError:
         """The refusal of a source whose precision the method needs."""
-        seen = "no sidecar" if source.sidecar is None else f"{source.sidecar.path.name} has none"
+        # Without a sidecar the refusal is the same for every tensor, and is told once.
+        seen = f" for {name} ({source.sidecar.path.name} has none)" if source.sidecar is not None else " (no sidecar)"
         return MissingInputError(
-            f"{source.label}: no precision for {name} ({seen}); {self.method.name} needs one for every source; "
+            f"{source.label}: no precision{seen}; {self.method.name} needs one for every source; "
             "add `precision:` to this source, or use a method without precisions (linear, task_arithmetic)"
         )
 

@@ -64,10 +64,10 @@ def no_sidecar(site: Site) -> None:
 
 
 CASES: Mapping[str, tuple[Callable[[Site], object], tuple[str, ...]]] = {
-    "none": (no_sidecar, ("{root}/one: no precision for", "(no sidecar)", "add `precision:` to this source")),
+    "none": (no_sidecar, ("{root}/one: no precision (no sidecar);", "add `precision:` to this source")),
     "ignored": (
         lambda site: site.recipe["models"][0].update(precision=False),
-        ("{root}/one: no precision for lm_head.weight (no sidecar)",),
+        ("{root}/one: no precision (no sidecar); gradient_matching needs one",),
     ),
     "named but nowhere": (
         lambda site: site.recipe["models"][0].update(precision=str(site.root / "nowhere.safetensors")),
