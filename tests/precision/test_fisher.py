@@ -63,9 +63,7 @@ def test_unbiased_for_the_closed_form_summed_over_tokens():
 @pytest.mark.parametrize("chunk_size", [7, 16])
 def test_equals_a_loop_over_examples(chunk_size):
     params, buffers, batch = _two_layer_problem(rows=7)
-    fisher = diagonal_fisher(
-        _two_layers, params, buffers, [batch], generator=_generator(9), chunk_size=chunk_size
-    )
+    fisher = diagonal_fisher(_two_layers, params, buffers, [batch], generator=_generator(9), chunk_size=chunk_size)
 
     leaves = {name: value.clone().requires_grad_() for name, value in params.items()}
     rows = [{name: value[n] for name, value in batch.items()} for n in range(7)]
@@ -124,9 +122,7 @@ def test_parameters_are_left_alone_and_half_precision_is_summed_in_float32():
 def test_same_generator_same_result():
     problem = _two_layer_problem(rows=5)
     first, again, other = (
-        diagonal_fisher(
-            _two_layers, problem[0], problem[1], [problem[2]], generator=_generator(seed)
-        ).squares["first"]
+        diagonal_fisher(_two_layers, problem[0], problem[1], [problem[2]], generator=_generator(seed)).squares["first"]
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
