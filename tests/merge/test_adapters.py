@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from mergekit_bayes.errors import PlanError
 from mergekit_bayes.merge.run import merge
 from tests.merge.adapter_builders import dense_merge, load_adapted, load_base, logits, quiet, save_adapter
+from tests.merge.builders import random_precisions, read_json, read_tensors, tensor_infos, write_precisions
 
 Adapters = Callable[..., Path]
 
@@ -128,3 +130,142 @@ def test_merged_adapter_and_merged_checkpoint_give_the_logits_of_the_dense_merge
         return
     merge(full, tmp_path / case.model, threads=1)
     assert_same_logits(load_base(tmp_path / case.model), wanted)
+
+
+# --- other arithmetic -------------------------------------------------------------------------------------------------
+
+
+def test_a_soup_of_adapters_is_the_soup_of_their_models(
+    adapters: Adapters, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_checkpoint("llama")
+    folders, _, models = inputs(CASES["overlapping modules"], adapters)
+    recipe = {"merge_method": "linear", "models": models}  # weights 0.7 and -0.4, which are normalised
+    merge(recipe, tmp_path / "out", threads=1)
+    assert_same_logits(load_adapted(base, tmp_path / "out"), dense_merge(base, folders, [0.7 / 0.3, -0.4 / 0.3]))
+
+
+@pytest.mark.parametrize("out_dtype", [None, "bfloat16"])
+def test_bfloat16_adapters_are_rounded_once(
+    out_dtype: str | None, adapters: Adapters, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_checkpoint("llama")
+    dtype = torch.bfloat16 if out_dtype is None else torch.float32
+    folders = [adapters("llama", seed=seed, dtype=dtype, r=seed, **ATTENTION) for seed in (1, 2)]
+    models = [{"model": str(f), "parameters": {"weight": w}} for f, w in zip(folders, (0.75, -0.5), strict=True)]
+    recipe = {"merge_method": "task_arithmetic", "base_model": str(base), "models": models}
+    merge({**recipe, "out_dtype": "float32"}, tmp_path / "exact", threads=1)
+    merge({**recipe, **({"out_dtype": out_dtype} if out_dtype else {})}, tmp_path / "out", threads=1)
+    exact, rounded = (read_tensors(tmp_path / name, "adapter_model") for name in ("exact", "out"))
+    assert exact.keys() == rounded.keys()
+    for name, factor in rounded.items():
+        assert factor.dtype == torch.bfloat16
+        assert torch.equal(factor, exact[name].to(torch.bfloat16))
+    assert_same_logits(load_adapted(base, tmp_path / "exact"), dense_merge(base, folders, (0.75, -0.5)))
+    seen = logits(load_adapted(base, tmp_path / "out", dtype=torch.bfloat16)).float()
+    wanted = logits(dense_merge(base, folders, (0.75, -0.5)))
+    assert float(torch.linalg.norm(seen - wanted) / torch.linalg.norm(wanted)) < 0.05
+
+
+def precise(adapter: Path, seed: int, folder: Path) -> Path:
+    """A copy of an adapter with log-normal precisions of all it has trained."""
+    shutil.copytree(adapter, folder)
+    shapes = {name: info.shape for name, info in tensor_infos(folder).items()}
+    write_precisions(folder, random_precisions(seed, shapes, above=0.5))
+    return folder
+
+
+@pytest.mark.parametrize("method", ["gradient_matching", "posterior", "hessian_weighted"])
+@pytest.mark.parametrize(
+    "name", ["overlapping modules", "embedding of one", "head stored whole by one", "transposed weights"]
+)
+def test_with_precisions_adapter_and_checkpoint_agree(
+    name: str, method: str, adapters: Adapters, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The posterior of dW is the same whether it ends as factors of full rank or in the weights."""
+    base = tiny_checkpoint(CASES[name].model)
+    folders, _, _ = inputs(CASES[name], adapters)
+    sources = [precise(folder, seed, tmp_path / f"source{seed}") for seed, folder in enumerate(folders)]
+    models = [{"model": str(f), "parameters": {"weight": w}} for f, w in zip(sources, (0.5, 0.75), strict=True)]
+    recipe = {"merge_method": method, "base_model": str(base), "models": models, "precision": {"prior": 0.01}}
+    result = merge({**recipe, "output": {"rank": 48}}, tmp_path / "adapter", threads=1)
+    assert all(layer.get("lost_energy", 0.0) == 0.0 for layer in result.report["layers"].values())
+    full = merge({**recipe, "space": "full"}, tmp_path / "full", threads=1)
+    assert_same_logits(load_adapted(base, tmp_path / "adapter"), load_base(tmp_path / "full"))
+    assert float((logits(load_base(base)) - logits(load_base(tmp_path / "full"))).abs().max()) > 0.01
+    for source in sources:
+        found = [report["mismatch"][str(source)]["total"] for report in (result.report, full.report)]
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+# --- the configuration ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "targets"),
+    [
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}, ["q_proj"]),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj"]}, ["q_proj", "v_proj"]),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+            {"target_modules": ["q_proj"], "layers_to_transform": [0]},
+            ["model.layers.0.self_attn.q_proj"],
+        ),
+        (
+            {"target_modules": ["q_proj"]},
+            {"target_modules": r".*1\..*\.v_proj"},
+            [*(f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)), "model.layers.1.self_attn.v_proj"],
+        ),
+    ],
+)
+def test_targets_reach_what_was_adapted_and_nothing_else(
+    first: dict[str, Any],
+    second: dict[str, Any],
+    targets: list[str],
+    adapters: Adapters,
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folders = [adapters("llama", seed=seed, **lora) for seed, lora in enumerate((first, second))]
+    models = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders]
+    merge({"merge_method": "linear", "models": models}, tmp_path / "out", threads=1)
+    config = read_json(tmp_path / "out" / "adapter_config.json")
+    assert sorted(config["target_modules"]) == sorted(targets)
+    loaded = load_adapted(tiny_checkpoint("llama"), tmp_path / "out")
+    factors = {name for name, _ in loaded.named_parameters() if "lora_" in name}
+    stored = {name.replace(".weight", ".default.weight") for name in read_tensors(tmp_path / "out", "adapter_model")}
+    assert factors == stored
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_peft_finds_base_and_class_by_itself(
+    task_type: str | None, adapters: Adapters, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    import peft
+
+    base = tiny_checkpoint("llama")
+    folders = [adapters("llama", seed=seed, task_type=task_type, r=seed, **ATTENTION) for seed in (1, 2)]
+    models = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders]
+    merge({"merge_method": "linear", "models": models}, tmp_path / "out", threads=1)
+    auto = peft.AutoPeftModel if task_type is None else peft.AutoPeftModelForCausalLM
+    with quiet():
+        seen = auto.from_pretrained(tmp_path / "out").eval()
+    assert_same_logits(seen, dense_merge(base, folders, (0.5, 0.5)))
+
+
+def test_the_configuration_is_plain_lora_of_scaling_one(adapters: Adapters, tmp_path: Path) -> None:
+    lora = {**ATTENTION, "use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 2}}
+    folders = [adapters("llama", seed=seed, **lora) for seed in (1, 2)]
+    models = [{"model": str(folder), "parameters": {"weight": 0.5}} for folder in folders]
+    merge({"merge_method": "linear", "models": models}, tmp_path / "out", threads=1)
+    config = read_json(tmp_path / "out" / "adapter_config.json")
+    # ranks 3 + 3 of q_proj are padded to the 4 + 4 of v_proj: readers such as vLLM know one rank
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 8, False)
+    assert config["bias"] == "none"
+    assert config["modules_to_save"] is None
+    assert not {"rank_pattern", "alpha_pattern"} & config.keys()
+    shapes = {name: tuple(tensor.shape) for name, tensor in read_tensors(tmp_path / "out", "adapter_model").items()}
+    assert {shape[0] for name, shape in shapes.items() if "lora_A" in name} == {8}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "rank 8" in card
+    assert "library_name: peft" in card
