@@ -148,7 +148,7 @@ def plan_merge(recipe: MergeRecipe, out: Path | None = None, *, recipe_dir: Path
         configuration=output_configuration(setting, steps, untied=untied),
         sidecar=sidecar,
         prior=setting.scalar_prior if setting.needs_prior else None,
-        compute_dtype=setting.compute_dtype,
+        compute_dtype=setting.compute_dtype(steps),
         notes=tuple(dict.fromkeys(setting.notes)),
         out=target,
     )
@@ -173,10 +173,9 @@ def _setting(recipe: MergeRecipe, folder: Path) -> Setting:
     if problems:
         raise PlanError(problems)
     space = _space(recipe, method, base, sources, problems)
-    if method.precision != "unused":
-        problems.extend(problem for opened in sources for problem in belongs(opened, base))
-    elif method.base == "required":
-        problems.extend(problem for opened in sources for problem in on_its_base(opened, base))
+    expected = base if method.base == "required" else None
+    check = on_its_base if method.precision == "unused" else belongs
+    problems.extend(problem for opened in sources for problem in check(opened, expected))
     if base is not None and method.prior == "required":
         problems.extend(belongs(base, None))
     setting = Setting(recipe, method, base, tuple(sources), space, tuple(indices), problems, notes)
@@ -243,6 +242,14 @@ def _add_notes(setting: Setting) -> None:
     if not setting.uses_precision:
         return
     known = {source.label: source.sidecar.metadata for source in setting.sources if source.sidecar is not None}
+    for label, metadata in known.items():
+        if (
+            setting.needs_prior
+            and setting.space == "full"
+            and metadata.prior_mean == "zero"
+            and metadata.space == "full"
+        ):
+            setting.notes.append(f"{label}: its prior is centred on zero; the merge takes it as centred on the base")
     units = {label: (metadata.estimator, metadata.loss_unit) for label, metadata in known.items()}
     if len(set(units.values())) > 1:
         shown = ", ".join(

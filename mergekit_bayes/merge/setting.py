@@ -6,7 +6,7 @@ prior precision S_0 comes from, what a sidecar's numbers are divided by, in whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -21,7 +21,7 @@ from mergekit_bayes.errors import (
 )
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.registry import MergeMethod
-from mergekit_bayes.merge.steps import LowRank, Operand
+from mergekit_bayes.merge.steps import LowRank, Operand, Step
 from mergekit_bayes.recipe import MergeRecipe
 
 MERGEABLE = ("BF16", "F16", "F32", "F64")
@@ -101,13 +101,13 @@ class Setting:
 
     @cached_property
     def divisors(self) -> Mapping[str, float]:
-        """What the sidecar values of each input are divided by: 1, or its training units for `scale: mean`."""
-        return {source.label: self._divisor(source) for source in self._inputs_with_sidecar}
+        """What the sidecar values of each source are divided by: 1, or its training units for `scale: mean`."""
+        return {source.label: self._divisor(source) for source in self.sources}
 
-    @property
-    def _inputs_with_sidecar(self) -> tuple[Input, ...]:
-        inputs = (*self.sources, self.base) if self.base is not None else self.sources
-        return tuple(source for source in inputs if source.sidecar is not None)
+    @cached_property
+    def base_divisor(self) -> float:
+        """The same for the sidecar of the base, which may be among the sources with another one."""
+        return 1.0 if self.base is None else self._divisor(self.base)
 
     def _divisor(self, source: Input) -> float:
         if self.recipe.scale == "sum" or source.sidecar is None:
@@ -179,7 +179,7 @@ class Setting:
             return tensor
         fallback = self.base.sidecar.metadata.prior_precision
         if fallback:
-            return fallback / self.divisors[self.base.label]
+            return fallback / self.base_divisor
         self.problems.append(
             MissingInputError(
                 f"{self.base.sidecar.path}: no precision for {name}, and no prior_precision to fall back on"
@@ -192,9 +192,7 @@ class Setting:
         if operand.has_precision:
             return operand
         prior = self.prior_precision(name)
-        divisor = 1.0
-        if isinstance(prior, TensorInfo) and self.base is not None:
-            divisor = self.divisors[self.base.label]
+        divisor = self.base_divisor if isinstance(prior, TensorInfo) else 1.0
         return replace(operand, precision=prior, divisor=divisor)
 
     def posterior_of(
@@ -273,10 +271,10 @@ class Setting:
             return None
         return dtype_named(asked)
 
-    @property
-    def compute_dtype(self) -> str:
-        """Dtype of the arithmetic: "F64" where the recipe asks for float64 anywhere, else "F32"."""
-        return "F64" if "float64" in (self.recipe.dtype, self.recipe.out_dtype) else "F32"
+    def compute_dtype(self, steps: Iterable[Step]) -> str:
+        """Dtype of the arithmetic: "F64" where the recipe asks for float64 or float64 is written, else "F32"."""
+        asked = "float64" in (self.recipe.dtype, self.recipe.out_dtype)
+        return "F64" if asked or any(entry.dtype == "F64" for step in steps for entry in step.entries) else "F32"
 
 
 def _with_factor_precisions(low_rank: LowRank | None, tensors: Mapping[str, TensorInfo]) -> LowRank | None:

@@ -79,6 +79,7 @@ def test_weights_may_follow_layers_and_filters(method: str, tmp_path: Path) -> N
         (torch.bfloat16, torch.float32),
         (torch.float32, torch.float16),
         (torch.float64, torch.float64),
+        (torch.float64, None),
         (torch.bfloat16, torch.float64),
     ],
     ids=str,
@@ -90,7 +91,7 @@ def test_every_dtype_is_rounded_once(
     out = {} if written is None else {"out_dtype": str(written).removeprefix("torch.")}
     problem.merge(problem.recipe(method, **out))
     wanted = truth(problem, method, everywhere(effective(method, WEIGHTS)), prior=0.5)
-    compute = torch.float64 if written == torch.float64 else torch.float32
+    compute = torch.float64 if (written or stored) == torch.float64 else torch.float32
     check_output(
         tmp_path / "out", wanted, dtype=written or stored, precision_dtype=sidecar_dtype(method), compute=compute
     )

@@ -113,6 +113,31 @@ def test_scale_mean_without_a_prior_divides_too(tmp_path: Path) -> None:
     check_output(tmp_path / "out", wanted, precision_factor=sum(problem.counts))
 
 
+def test_a_base_among_the_models_keeps_the_scale_of_its_own_sidecar(tmp_path: Path) -> None:
+    """The base of the recipe has one sidecar; as a source it may be given another, of another number of units."""
+    problem = write_problem(tmp_path, base_sidecar=True)
+    other = tmp_path / "other.safetensors"
+    write_precisions(tmp_path / "one", problem.precisions[0], to=other, num_examples=10)
+    recipe = problem.recipe("hessian_weighted", scale="mean")
+    recipe["base_model"] = str(tmp_path / "one")
+    recipe["models"][0]["precision"] = str(other)
+    merge(recipe, tmp_path / "out", threads=1)
+    own = [
+        {name: value.double() / count for name, value in precision.items()}
+        for precision, count in zip(problem.precisions, (10, *problem.counts[1:]), strict=True)
+    ]
+    wanted = truth(problem, "hessian_weighted", everywhere(WEIGHTS), prior=0.0, precisions=own)
+    check_output(tmp_path / "out", wanted, precision_factor=10 + sum(problem.counts[1:]))
+
+
+def test_a_prior_centred_on_zero_is_mentioned(tmp_path: Path) -> None:
+    problem = write_problem(tmp_path)
+    facts = {"prior_precision": 0.5, "prior_mean": "zero"}
+    write_precisions(tmp_path / "one", problem.precisions[0], **facts)
+    notes = problem.merge(problem.recipe("posterior")).report["tensors"]["notes"]
+    assert f"{tmp_path}/one: its prior is centred on zero; the merge takes it as centred on the base" in notes
+
+
 def test_scale_mean_of_the_prior_of_the_base(tmp_path: Path) -> None:
     problem = write_problem(tmp_path, base_sidecar=True)
     problem.merge(problem.recipe("gradient_matching", scale="mean"))
