@@ -70,7 +70,7 @@ def _strangers(setting: Setting) -> Iterator[MergekitBayesError]:
         own = source.checkpoint
         if own is not None and own.folder != ground.folder and fingerprint(own.tensors) != fingerprint(ground.tensors):
             yield CheckpointError(
-                f"{source.label}: its adapter is on {own.reference}, which differs from {ground.reference}; a merged "
+                f"{source.label}: its adapter is on {own.folder}, which differs from {ground.folder}; a merged "
                 "adapter would lose the difference; expected adapters on one model, or use space: full"
             )
         else:

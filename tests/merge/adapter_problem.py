@@ -106,13 +106,14 @@ def merge_sources(
     models = [{"model": str(s.folder), "parameters": {"weight": w}} for s, w in zip(sources, weights, strict=True)]
     content = {"merge_method": method, "models": models, "dtype": "float64", **recipe}
     if method in ("gradient_matching", "posterior", "task_arithmetic"):
-        content.setdefault("base_model", str(_base(sources[0].folder.parent / "base")))
+        content.setdefault("base_model", str(write_base(sources[0].folder.parent / "base")))
     if method in ("gradient_matching", "posterior"):
         content.setdefault("precision", {"prior": PRIOR})
     return merge(content, out, threads=threads)
 
 
-def _base(folder: Path) -> Path:
+def write_base(folder: Path) -> Path:
+    """A checkpoint with a weight for every module, unless it is there."""
     if not folder.exists():
         write_checkpoint(folder, random_tensors(0, {f"{name}.weight": shape for name, shape in SHAPES.items()}))
     return folder
