@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from corpus import DOMAINS
 from evaluate import ARTEFACTS, load_model
-from language_model import LORA_ALPHA, LORA_RANK, WINDOW
+from language_model import LORA_ALPHA, LORA_RANK, WINDOW, adapter_schedule
 from torch.func import functional_call
 
 from mergekit_bayes.checkpoint.adapter import open_adapter
@@ -26,25 +26,29 @@ FISHER_WINDOWS = 380
 def make_precision(domain: str, stream: torch.Tensor) -> None:
     """Write the sidecar of one adapter from windows of its own training text, evenly spread over it.
 
-    The precision is the sum of the Fisher over the tokens used, plus the prior precision.
+    The precision is that of the posterior at data scale, S = N F + S_0, with F the Fisher of an average token and N
+    the number of tokens the adapter was trained on; passes over the same text count again, as they did in training.
     """
     windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)
     spread = torch.linspace(0, len(windows) - 1, FISHER_WINDOWS).long()
     model = load_model(ARTEFACTS / domain, trainable=True)
     fisher = factor_fisher(model, windows[spread], seed=DOMAINS.index(domain))
+    trained_on = adapter_schedule(domain, seed=0).tokens
+    scale = trained_on / fisher.num_tokens
     precisions = {
-        name.replace(".default.", "."): (square + PRIOR_PRECISION).float() for name, square in fisher.squares.items()
+        name.replace(".default.", "."): (square * scale + PRIOR_PRECISION).float()
+        for name, square in fisher.squares.items()
     }
-    write_sidecar(ARTEFACTS / domain, precisions, _metadata(domain, fisher))
+    write_sidecar(ARTEFACTS / domain, precisions, _metadata(domain, num_examples=trained_on))
 
 
-def _metadata(domain: str, fisher: FisherSum) -> SidecarMetadata:
+def _metadata(domain: str, *, num_examples: int) -> SidecarMetadata:
     adapter = open_adapter(ARTEFACTS / domain)
     return SidecarMetadata(
         family="diagonal",
         estimator="fisher",
         loss_unit="token",
-        num_examples=fisher.num_tokens,
+        num_examples=num_examples,
         prior_precision=PRIOR_PRECISION,
         prior_mean="zero",
         space="factor",

@@ -71,7 +71,7 @@ def evaluate(model: torch.nn.Module, tokens: dict[str, torch.Tensor]) -> dict[st
 def loss_table(losses: dict[str, dict[str, float]]) -> Table:
     """Rows of models, columns of domains; each cell is nats per token and perplexity."""
     table = Table(title="held-out loss: nats per token (perplexity)")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for heading in (*DOMAINS, "average"):
         table.add_column(heading, justify="right")
     best = {domain: min(row[domain] for row in losses.values()) for domain in DOMAINS}

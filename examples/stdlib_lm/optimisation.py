@@ -24,6 +24,11 @@ class Schedule:
     warmup: int = 50
     seed: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Tokens predicted over all steps; the first of a window is never predicted."""
+        return self.steps * self.batch * (self.window - 1)
+
     def rate(self, step: int) -> float:
         """Learning rate of one step."""
         if step < self.warmup:

@@ -8,7 +8,7 @@ from pathlib import Path
 from corpus import DOMAINS
 
 DESCRIPTIONS = {
-    "base": "pretrained mostly on Python outside the library proper, a little on the library and the headers",
+    "base": "pretrained on Python outside the library proper, and a little of the reference and the headers",
     "code": "fine-tuned on the source of the Python standard library",
     "docs": "fine-tuned on the Python language reference (the topics of `pydoc_data`)",
     "headers": "fine-tuned on the C headers of CPython",

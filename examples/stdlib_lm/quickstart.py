@@ -11,6 +11,7 @@ import argparse
 import os
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -45,6 +46,7 @@ def compare(folder: Path, *, characters: int | None) -> None:
 
     from mergekit_bayes import merge
 
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's affair
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console = Console()
@@ -54,7 +56,7 @@ def compare(folder: Path, *, characters: int | None) -> None:
     for name in RECIPES:
         console.print(f"bayes-merge recipes/merge/{name}.yaml", highlight=False)
         merge(ROOT / "recipes" / "merge" / f"{name}.yaml", folder / name)
-        losses[f"merge: {name}"] = evaluate(load_model(folder / name), tokens)
+        losses[f"= {name}"] = evaluate(load_model(folder / name), tokens)
     console.print(loss_table(losses))
     console.print(f"{time.monotonic() - start:.0f} s")
 
