@@ -63,7 +63,7 @@ def assert_close(seen: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None
 
 @pytest.mark.parametrize("method", PRECISION_METHODS)
 @pytest.mark.parametrize("scale", ["sum", "mean"])
-@pytest.mark.parametrize("scalings", [(2.0, 2.0, 2.0), (1.0, 0.5, 2.0), (2.0, 0.5, 1.0)])
+@pytest.mark.parametrize("scalings", [(2.0, 2.0, 2.0), (2.0, 0.5, 1.0)])
 def test_in_factor_space_two_merges_are_one(method: str, scale: str, scalings: Sequence[float], tmp_path: Path) -> None:
     """Natural parameters add, and the prior counts once: (1 + 2) + 3 = 1 + 2 + 3, whatever scalings were baked in."""
     makes = [
