@@ -180,7 +180,7 @@ def test_the_fit_survives_directions_that_carry_nothing(vanishing: str, size: fl
     a[gone], b[:, gone] = 0.0, 0.0
     target = torch.full((7, 9), size, dtype=dtype)
     variances, misfit = lora.fit_factor_variances(a, b, target)
-    assert misfit < (0.2 if vanishing == "a direction" else 1e-3)
+    assert misfit < (0.4 if vanishing == "a direction" else 1e-3)
     for variance in variances:
         assert bool(torch.isfinite(variance.reciprocal()).all())
         assert bool((variance > 0).all())
