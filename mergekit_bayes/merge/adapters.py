@@ -15,7 +15,7 @@ from mergekit_bayes.errors import (
     MissingTensorError,
     ShapeMismatchError,
 )
-from mergekit_bayes.merge.attach import attach, base_weight
+from mergekit_bayes.merge.attach import attach, base_weight, recorded_bases
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import LowRank, MergeStep, ModuleStep, Operand, Step
@@ -65,6 +65,7 @@ def _strangers(setting: Setting) -> Iterator[MergekitBayesError]:
         return
     ground = next((each.checkpoint for each in (base, *setting.sources) if each is not None and each.checkpoint), None)
     if ground is None:
+        yield from _several_bases(setting)
         return
     for source in setting.sources:
         own = source.checkpoint
@@ -75,6 +76,14 @@ def _strangers(setting: Setting) -> Iterator[MergekitBayesError]:
             )
         else:
             yield from attach(source, ground)[1]
+
+
+def _several_bases(setting: Setting) -> Iterator[MergekitBayesError]:
+    """Adapters of different bases, as far as they say."""
+    named = {seen: source.label for source in setting.sources for seen in recorded_bases(source)}
+    if len(named) > 1:
+        seen = ", ".join(f"{label}: {each}" for each, label in sorted(named.items()))
+        yield CheckpointError(f"the adapters belong to different bases ({seen}); expected adapters of one base")
 
 
 def _adapted_and_stored(setting: Setting, name: str) -> CheckpointError:

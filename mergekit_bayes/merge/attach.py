@@ -53,7 +53,7 @@ def attach(source: Input, base: Checkpoint) -> tuple[Attached, list[MergekitBaye
     saved: dict[str, TensorInfo] = {}
     heads: dict[str, TensorInfo] = {}
     fresh: list[str] = []
-    problems = [*_other_base(source, adapter, base), *_other_copies(source, adapter, base.tensors)]
+    problems = [*_other_base(source, base), *_other_copies(source, adapter, base.tensors)]
     for name, module in adapter.modules.items():
         weight = adapter.base_tensor(name)
         target = locate(weight, base.tensors)
@@ -165,12 +165,9 @@ def _other_copies(source: Input, adapter: Adapter, tensors: Mapping[str, TensorI
             )
 
 
-def _other_base(source: Input, adapter: Adapter, base: Checkpoint) -> Iterator[MergekitBayesError]:
-    """Refuse an adapter whose own header or sidecar names another base by its fingerprint."""
-    recorded = [_recorded_base(adapter)]
-    if source.sidecar is not None:
-        recorded.append(source.sidecar.metadata.base_fingerprint)
-    known = sorted({seen for seen in recorded if seen is not None})
+def _other_base(source: Input, base: Checkpoint) -> Iterator[MergekitBayesError]:
+    """Refuse an adapter that records another base."""
+    known = recorded_bases(source)
     expected = fingerprint(base.tensors) if known else None
     for seen in known:
         if seen != expected:
@@ -180,8 +177,15 @@ def _other_base(source: Input, adapter: Adapter, base: Checkpoint) -> Iterator[M
             )
 
 
-def _recorded_base(adapter: Adapter) -> str | None:
-    """What a merged adapter says about its base; adapters from elsewhere say nothing."""
+def recorded_bases(source: Input) -> list[str]:
+    """Fingerprints of the base that an adapter's sidecar and header name; headers only after a merge."""
+    recorded = [_from_header(source.adapter)] if source.adapter is not None else []
+    if source.sidecar is not None:
+        recorded.append(source.sidecar.metadata.base_fingerprint)
+    return sorted({seen for seen in recorded if seen is not None})
+
+
+def _from_header(adapter: Adapter) -> str | None:
     try:
         content = json.loads(adapter.metadata.get(METADATA_KEY, "{}"))
     except ValueError:

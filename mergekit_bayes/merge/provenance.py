@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata
 from mergekit_bayes.merge.adapters import reference_scaling
+from mergekit_bayes.merge.attach import recorded_bases
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import CopyStep, weights_by_label
@@ -71,7 +72,7 @@ def _units(setting: Setting) -> int | None:
 def _base_fingerprint(setting: Setting) -> str | None:
     if setting.base is not None and setting.base.checkpoint is not None:
         return setting.base.fingerprint if setting.base.adapter is None else None
-    known = {source.sidecar.metadata.base_fingerprint for source in setting.sources if source.sidecar is not None}
+    known = {seen for source in setting.sources for seen in recorded_bases(source)}
     return known.pop() if len(known) == 1 else None
 
 

@@ -106,6 +106,20 @@ def test_a_merged_adapter_remembers_its_base(space: str, sources: list[Source], 
     refuse(tmp_path, recipe(tmp_path, "task_arithmetic", space=space), r"one: belongs to a base with fingerprint")
 
 
+def test_adapters_of_different_bases_without_a_base_to_compare_with(sources: list[Source], tmp_path: Path) -> None:
+    content = recipe(tmp_path, "linear")
+    del content["base_model"]
+    merge(content, tmp_path / "one base", threads=1)
+    other = write_checkpoint(
+        tmp_path / "other", random_tensors(9, {f"{name}.weight": shape for name, shape in SHAPES.items()})
+    )
+    write_precisions(tmp_path / "two", sources[1].raw_precisions, base=other)
+    refuse(tmp_path, content, r"belong to different bases \(.*one: blake2b-16:\w+.*\); expected adapters of one base")
+    # what the first merge knew of its base went into its header
+    content["models"][0] = {"model": str(tmp_path / "one base"), "parameters": {"weight": 1.0}}
+    refuse(tmp_path, content, r"belong to different bases \(.*one base: blake2b-16:\w+")
+
+
 def test_an_adapter_with_an_embedding_of_its_own(tmp_path: Path) -> None:
     shapes = {"embed.weight": (6, 4)}
     base = write_checkpoint(tmp_path / "base", random_tensors(0, shapes))
