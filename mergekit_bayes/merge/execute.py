@@ -290,11 +290,12 @@ class _Pool:
 
     def results(self) -> dict[str, list[Record]]:
         """Records of every step, in block order; raises the first failure of a block in plan order."""
-        done, _ = wait([future for _, future in self._futures], return_when=FIRST_EXCEPTION)
-        failed = [future for _, future in self._futures if future in done and future.exception() is not None]
-        if failed:
-            raise failed[0].exception() or RuntimeError("a block failed")
+        _, waiting = wait([future for _, future in self._futures], return_when=FIRST_EXCEPTION)
+        if waiting:
+            # Blocks start in plan order: when all that started are done, the first failure in plan order is known,
+            # and the same bad input gives the same message every time.
+            self._pool.shutdown(wait=True, cancel_futures=True)
         gathered: dict[str, list[Record]] = {}
         for name, future in self._futures:
-            gathered.setdefault(name, []).append(future.result())
+            gathered.setdefault(name, []).append(future.result())  # raises what the block raised
         return gathered

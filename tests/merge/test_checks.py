@@ -96,6 +96,19 @@ def test_a_weight_that_is_no_number_is_traced_to_its_file(
     )
 
 
+def test_the_first_of_several_faults_is_told_whoever_finds_it_first(tmp_path: Path) -> None:
+    """The fault in the large tensor takes longest to find; the message may not depend on how fast workers are."""
+    for name in ("base", "one", "two"):
+        tensors = {"a.large": torch.zeros(1 << 20), **{f"b.{i}": torch.zeros(3) for i in range(20)}}
+        if name == "two":
+            tensors = {key: value.index_fill(0, torch.tensor([len(value) - 1]), NAN) for key, value in tensors.items()}
+        write_checkpoint(tmp_path / name, tensors)
+    plan = recipe(tmp_path, "task_arithmetic")
+    for threads in (1, 4):
+        with pytest.raises(NonFiniteError, match=r"^a\.large: 1 of 1048576 values in .*two"):
+            merge(plan, tmp_path / "out", threads=threads)
+
+
 def test_values_that_do_not_fit_the_output_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     big = {name: tensor * 1e5 for name, tensor in random_tensors(1, SHAPES).items()}
