@@ -99,6 +99,18 @@ def test_heads_are_tied_only_where_every_input_ties_them(
         assert_one_rounding(written[name], wanted.mean)
 
 
+def test_a_tied_head_without_precision_has_the_prior_of_the_head_not_of_the_embedding(tmp_path: Path) -> None:
+    base = write_model(tmp_path, "base", 0, precisions=True)
+    one, two = (write_model(tmp_path, name, seed, tied=True) for seed, name in enumerate(("one", "two"), start=1))
+    plan = recipe(tmp_path, "posterior")
+    plan["models"][0]["precision"] = 2.0
+    merge(plan, tmp_path / "out")
+    prior = read_precisions(tmp_path / "base")[HEAD]
+    wanted = merge_tensor("posterior", (base[HEAD], prior), [(one[EMBED], 2.0), (two[EMBED], prior)], (0.75, 0.5))
+    assert_one_rounding(read_tensors(tmp_path / "out")[HEAD], wanted.mean)
+    assert_one_rounding(read_precisions(tmp_path / "out")[HEAD], wanted.precision)
+
+
 def test_a_head_is_not_tied_where_the_configuration_says_it_is_not(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "one", "two")):
         write_model(tmp_path, name, seed)

@@ -201,6 +201,16 @@ def test_the_base_may_be_a_model_plus_adapter(tmp_path: Path) -> None:
         assert_one_rounding(written[name], merge_tensor("task_arithmetic", (start, 1.0), pairs, WEIGHTS).mean)
 
 
+def test_an_adapter_of_the_base_is_removed_by_the_model_under_it(tmp_path: Path) -> None:
+    base, (on_base, _) = write_adapted(tmp_path, own_models=False)
+    models = [{"model": str(tmp_path / "base"), "parameters": {"weight": 0.25}}]
+    plan = {"merge_method": "task_arithmetic", "base_model": f"{tmp_path}/base+{on_base.folder}", "models": models}
+    merge(plan, tmp_path / "out")
+    written = read_tensors(tmp_path / "out")
+    for name, mean in base.items():
+        assert_one_rounding(written[name], 0.75 * on_base.mean(name) + 0.25 * mean.double())
+
+
 def test_an_adapter_on_a_base_with_an_adapter_is_ambiguous(tmp_path: Path) -> None:
     _, adapted = write_adapted(tmp_path, own_models=False)
     write_checkpoint(tmp_path / "one", random_tensors(9, SHAPES))
