@@ -170,7 +170,8 @@ class Engine:
                 )
         stored = block.to(torch_dtype(step.dtype))
         if stored.is_floating_point():
-            check_block(stored, step.name, str(step.tensor.path))
+            cast = "" if stored.dtype == block.dtype else f", written as {step.dtype},"
+            check_block(stored, step.name, f"{step.tensor.path}{cast}")
         mean.write(step.name, start, stored)
         self._progress(_read_bytes(step.inputs, stop - start) + stored.nbytes)
         return {}

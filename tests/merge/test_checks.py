@@ -23,6 +23,7 @@ from tests.merge.builders import (
     read_precisions,
     read_tensors,
     snapshot,
+    write_adapter,
     write_checkpoint,
     write_precisions,
 )
@@ -120,8 +121,6 @@ def test_values_that_do_not_fit_the_output_are_refused(tmp_path: Path) -> None:
 
 def test_infinite_values_that_are_only_copied_are_refused(tmp_path: Path) -> None:
     """An adapter leaves most of the base alone; what it leaves alone must be sound too."""
-    from tests.merge.builders import write_adapter
-
     tensors = random_tensors(0, SHAPES)
     tensors["b.weight"][1] = NAN
     write_checkpoint(tmp_path / "base", tensors)
@@ -130,6 +129,18 @@ def test_infinite_values_that_are_only_copied_are_refused(tmp_path: Path) -> Non
     plan = {**recipe(tmp_path, "task_arithmetic"), "space": "full"}
     message = refusal(tmp_path, NonFiniteError, plan)
     assert message.startswith(f"b.weight: 1 of 3 values in {tmp_path}/base/model.safetensors are NaN or infinite")
+
+
+def test_copied_values_that_do_not_fit_the_output_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "base", {"a.weight": torch.ones(4, 5), "b.weight": torch.full((3,), 1e5)})
+    for name in ("one", "two"):
+        write_adapter(tmp_path / name, {"a": (torch.ones(1, 5), torch.ones(4, 1))})
+    plan = {**recipe(tmp_path, "task_arithmetic"), "space": "full", "out_dtype": "float16"}
+    message = refusal(tmp_path, NonFiniteError, plan)
+    file = tmp_path / "base" / "model.safetensors"
+    assert message == (
+        f"b.weight: 3 of 3 values in {file}, written as F16, are NaN or infinite; expected finite numbers"
+    )
 
 
 @pytest.mark.parametrize(
