@@ -10,9 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from mergekit_bayes.merge.load import load_recipe
+from mergekit_bayes.merge.plan import plan_merge
 from mergekit_bayes.merge.registry import get_method, method_names
-from mergekit_bayes.merge.run import merge
-from tests.merge.builders import read_json, read_metadata
+from mergekit_bayes.merge.run import merge, run_merge
+from tests.merge.builders import (
+    random_precisions,
+    random_tensors,
+    read_json,
+    read_metadata,
+    read_precisions,
+    read_tensors,
+    write_checkpoint,
+    write_precisions,
+)
 from tests.merge.dense_problem import (
     LAYER,
     REMOVAL,
@@ -22,7 +33,7 @@ from tests.merge.dense_problem import (
     truth,
     write_problem,
 )
-from tests.merge.truth import mismatch
+from tests.merge.truth import assert_one_rounding, mismatch
 
 METHODS = method_names()
 WITH_PRECISION = tuple(name for name in METHODS if get_method(name).precision != "unused")
@@ -173,3 +184,30 @@ def report_without_order(folder: Path) -> bytes:
     report = read_json(folder / "merge_report.json")
     report["inputs"].sort(key=lambda entry: entry["reference"])
     return json.dumps(report).encode()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_tensors_of_many_blocks_are_merged_whole(kind: torch.dtype, tmp_path: Path) -> None:
+    """The oracles are too slow here; the rule in NumPy's float64 is not."""
+    shapes = {"wide": (300, 1001), "long": (70_000,)}
+    tensors = {name: random_tensors(seed, shapes, dtype=kind) for seed, name in enumerate(("base", "one", "two"))}
+    precisions = {name: random_precisions(seed, shapes, above=0.5) for seed, name in enumerate(("one", "two"))}
+    for name, values in tensors.items():
+        write_checkpoint(tmp_path / name, values)
+        if name != "base":
+            write_precisions(tmp_path / name, precisions[name], prior_precision=0.5)
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 0.75}} for name in ("one", "two")]
+    recipe = {"merge_method": "posterior", "base_model": str(tmp_path / "base"), "models": models}
+    plan = plan_merge(load_recipe(recipe), tmp_path / "out")
+    result = run_merge(plan, threads=2, max_memory=1 << 20)
+    written, sidecar = read_tensors(tmp_path / "out"), read_precisions(tmp_path / "out")
+    total = 0.0
+    for name in shapes:
+        base, one, two = (tensors[each][name].double() for each in ("base", "one", "two"))
+        first, second = (precisions[each][name].double() for each in ("one", "two"))
+        precision = 0.5 + 0.75 * (first - 0.5) + 0.75 * (second - 0.5)
+        mean = base + 0.75 * (first * (one - base) + second * (two - base)) / precision
+        assert_one_rounding(written[name], mean, size=8.0)
+        assert_one_rounding(sidecar[name], precision)
+        total += float(0.5 * ((mean - one) ** 2 * (first - 0.5)).sum())
+    assert result.report["mismatch"][str(tmp_path / "one")]["total"] == pytest.approx(total, rel=1e-4)
