@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from mergekit_bayes.checkpoint.adapter import Adapter, LoraModule
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.index import Checkpoint
 from mergekit_bayes.errors import (
     CheckpointError,
     MergekitBayesError,
@@ -15,7 +16,7 @@ from mergekit_bayes.errors import (
     MissingTensorError,
     ShapeMismatchError,
 )
-from mergekit_bayes.merge.attach import attach, base_weight, recorded_bases
+from mergekit_bayes.merge.attach import Attached, attach, base_weight, recorded_bases
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import LowRank, MergeStep, ModuleStep, Operand, Step
@@ -34,7 +35,7 @@ def adapter_steps(setting: Setting) -> list[Step]:
     Returns:
         One step per adapted module and per tensor that adapters store whole, each sorted by name.
     """
-    setting.problems.extend(_strangers(setting))
+    attached = _attach(setting)
     adapters = [adapter_of(source) for source in setting.sources]
     modules = sorted({name for adapter in adapters for name in adapter.modules})
     saved = sorted({name for adapter in adapters for name in adapter.saved})
@@ -42,7 +43,7 @@ def adapter_steps(setting: Setting) -> list[Step]:
     setting.problems.extend(_adapted_and_stored(setting, name) for name in modules if targets[name] in saved)
     positions = layer_positions([*targets.values(), *saved])
     scaling = reference_scaling(setting)
-    steps = [_module_step(setting, name, positions[targets[name]], scaling) for name in modules]
+    steps = [_module_step(setting, name, positions[targets[name]], attached, scaling) for name in modules]
     padded = _pad([step for step in steps if step is not None])
     whole = [_saved_step(setting, name, positions[name]) for name in saved]
     return [*padded, *(step for step in whole if step is not None)]
@@ -54,28 +55,36 @@ def adapter_of(source: Input) -> Adapter:
     return source.adapter
 
 
-def _strangers(setting: Setting) -> Iterator[MergekitBayesError]:
-    """Adapters that do not belong to the base, or come on a model of their own that the output would leave out."""
+def _attach(setting: Setting) -> dict[str, Attached]:
+    """Every adapter on the base, by label; empty where no base is known. What does not belong is a problem."""
     base = setting.base
     if base is not None and base.adapter is not None:
-        yield MissingInputError(
+        why = (
             f"base_model: {base.label} is a model with an adapter, which no merged adapter can be loaded on; "
             "expected the model alone, or use space: full"
         )
-        return
+        setting.problems.append(MissingInputError(why))
+        return {}
     ground = next((each.checkpoint for each in (base, *setting.sources) if each is not None and each.checkpoint), None)
     if ground is None:
-        yield from _several_bases(setting)
-        return
+        setting.problems.extend(_several_bases(setting))
+        return {}
+    found = {}
     for source in setting.sources:
-        own = source.checkpoint
-        if own is not None and own.folder != ground.folder and fingerprint(own.tensors) != fingerprint(ground.tensors):
-            yield CheckpointError(
-                f"{source.label}: its adapter is on {own.folder}, which differs from {ground.folder}; a merged "
-                "adapter would lose the difference; expected adapters on one model, or use space: full"
-            )
-        else:
-            yield from attach(source, ground)[1]
+        setting.problems.extend(_other_model(source, ground))
+        found[source.label], problems = attach(source, ground)
+        setting.problems.extend(problems)
+    return found
+
+
+def _other_model(source: Input, ground: Checkpoint) -> Iterator[CheckpointError]:
+    """Refuse an adapter that comes on a model of its own, which the output would leave out."""
+    own = source.checkpoint
+    if own is not None and own.folder != ground.folder and fingerprint(own.tensors) != fingerprint(ground.tensors):
+        yield CheckpointError(
+            f"{source.label}: its adapter is on {own.folder}, which differs from {ground.folder}; a merged "
+            "adapter would lose the difference; expected adapters on one model, or use space: full"
+        )
 
 
 def _several_bases(setting: Setting) -> Iterator[MergekitBayesError]:
@@ -96,10 +105,11 @@ def _adapted_and_stored(setting: Setting, name: str) -> CheckpointError:
     )
 
 
-def _module_step(setting: Setting, name: str, position: float, scaling: float) -> ModuleStep | None:
+def _module_step(
+    setting: Setting, name: str, position: float, attached: Mapping[str, Attached], scaling: float
+) -> ModuleStep | None:
     target = Adapter.base_tensor(name)
-    modules = {source.label: adapter_of(source).modules.get(name) for source in setting.sources}
-    found = [(source, module) for source in setting.sources if (module := modules[source.label]) is not None]
+    found = [(source, module) for source in setting.sources if (module := adapter_of(source).modules.get(name))]
     problems = list(_disagreements(setting, name, found))
     setting.problems.extend(problems)
     weights = setting.try_weights(target, position)
@@ -109,7 +119,8 @@ def _module_step(setting: Setting, name: str, position: float, scaling: float) -
     first = present[0]
     mode = "factor" if setting.space == "factor" else ("product" if setting.uses_precision else "stack")
     rank, truncate = _rank(setting, mode, present)
-    operands = {source.label: _module_operand(setting, source, module) for source, module in found}
+    prior, transposed = _weight_in_base(setting, found[0], attached)
+    operands = {source.label: _module_operand(setting, source, module, prior) for source, module in found}
     # Sums of floats depend on their order; that of the recipe must not show.
     order = sorted(zip((source.label for source in setting.sources), weights, strict=True))
     return ModuleStep(
@@ -123,11 +134,27 @@ def _module_step(setting: Setting, name: str, position: float, scaling: float) -
         truncate=truncate,
         dtype=setting.output_dtype(name, first.a, {source.label: module.a for source, module in found}),
         precision_dtype=setting.precision_dtype,
-        base=setting.with_prior(Operand("prior", None), target),
+        base=setting.with_prior(Operand("prior", None), prior),
         sources=tuple(operands.get(label) for label, _ in order),
         weights=tuple(weight for _, weight in order),
         scaling=scaling,
+        transposed=transposed,
     )
+
+
+def _weight_in_base(
+    setting: Setting, found: tuple[Input, LoraModule], attached: Mapping[str, Attached]
+) -> tuple[str, bool]:
+    """Name of the weight in the base, a tied head's embedding included, and whether it is stored transposed."""
+    source, module = found
+    target = Adapter.base_tensor(module.name)
+    if source.label not in attached:
+        return target, False
+    here = attached[source.label]
+    dense = next((name for name in (target, target.partition(".")[2]) if name in here.modules), target)
+    oriented = here.modules.get(dense, module)
+    stored = here.heads[dense].name if dense in here.heads else dense
+    return stored, oriented.transposed or oriented.kind == "embedding"
 
 
 def _disagreements(setting: Setting, name: str, found: Found) -> Iterator[MergekitBayesError]:
@@ -197,10 +224,10 @@ def trained_scaling(source: Input, module: LoraModule) -> float:
     return module.scaling if recorded is None else recorded
 
 
-def _module_operand(setting: Setting, source: Input, module: LoraModule) -> Operand:
+def _module_operand(setting: Setting, source: Input, module: LoraModule, weight: str) -> Operand:
     low_rank = LowRank(module.a, module.b, module.scaling, trained_scaling=trained_scaling(source, module))
     operand = Operand(source.label, None, low_rank)
-    found = setting.posterior_of(source, operand, Adapter.base_tensor(module.name))
+    found = setting.posterior_of(source, operand, weight)
     if found is None:
         setting.problems.append(setting.no_precision(source, module.name))
     return found or operand
@@ -224,8 +251,10 @@ def _saved_step(setting: Setting, name: str, position: float) -> Step | None:
     weights = setting.try_weights(name, position)
     if problems or weights is None:
         return None
+    dense = name if kept is None else kept.name
     operands = {
-        source.label: _saved_operand(setting, source, name, tensors[source.label]) for source in setting.sources
+        source.label: _saved_operand(setting, source, tensors[source.label], dense, own=name)
+        for source in setting.sources
     }
     order = sorted(zip((source.label for source in setting.sources), weights, strict=True))
     known = [(operand, weight) for label, weight in order if (operand := operands[label]) is not None]
@@ -234,7 +263,7 @@ def _saved_step(setting: Setting, name: str, position: float) -> Step | None:
         shape=stored.shape,
         dtype=setting.output_dtype(name, stored, tensors),
         precision_dtype=setting.precision_dtype,
-        base=setting.with_prior(Operand("base", kept or stored), name),
+        base=setting.with_prior(Operand("base", kept or stored), dense),
         sources=tuple(operand for operand, _ in known),
         weights=tuple(weight for _, weight in known),
     )
@@ -256,12 +285,20 @@ def _saved_problems(
         yield ShapeMismatchError(f"{name}: shape {seen}; expected {reference.shape}")
 
 
-def _saved_operand(setting: Setting, source: Input, name: str, tensor: TensorInfo) -> Operand | None:
-    """One source's posterior of a tensor; where it leaves it alone, the prior's, or None if the method has no prior."""
+def _saved_operand(setting: Setting, source: Input, tensor: TensorInfo, dense: str, *, own: str) -> Operand | None:
+    """One source's posterior of a tensor stored whole; None where it leaves it alone and the method has no prior.
+
+    Args:
+        setting: for method and prior.
+        source: the source.
+        tensor: what it has, or the base's tensor.
+        dense: name in the base.
+        own: name in adapters.
+    """
     operand = Operand(source.label, tensor)
-    if name not in adapter_of(source).saved and setting.uses_precision:
-        return setting.with_prior(operand, name) if setting.needs_prior else None
-    found = setting.posterior_of(source, operand, tensor.name)
+    if own not in adapter_of(source).saved and setting.uses_precision:
+        return setting.with_prior(operand, dense) if setting.needs_prior else None
+    found = setting.posterior_of(source, operand, tensor.name, base_name=dense)
     if found is None:
         setting.problems.append(setting.no_precision(source, tensor.name))
     return found

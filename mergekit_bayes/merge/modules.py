@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.errors import NonPositivePrecisionError
 from mergekit_bayes.merge.lora import (
     Factors,
@@ -140,30 +141,45 @@ def _merge_product(
     mean = torch.empty((step.out_features, step.in_features), dtype=operands.dtype, device=operands.device)
     precision = torch.empty_like(mean)
     gaps = torch.zeros(len(step.sources), dtype=torch.float64)
+    prior = _prior(step, operands)
     for rows in row_blocks(mean.shape):
-        base = Isotropic.unchecked(torch.zeros_like(mean[rows]), _scalar(step.base.precision, operands))
+        base = _posterior(torch.zeros_like(mean[rows]), prior[rows] if prior.dim() else prior)
         pairs = zip(step.sources, updates, strict=True)
-        posteriors = [_product_posterior(source, update, rows, operands) for source, update in pairs]
+        posteriors = [_product_posterior(source, update, rows, base, operands) for source, update in pairs]
         merged = _merge(step, plan, base, posteriors)
         mean[rows], precision[rows] = merged.mean, merged.precision_tensor()
         gaps += _gaps(merged.mean, posteriors, base)
     return mean, precision, _labelled(step, gaps)
 
 
+def _prior(step: ModuleStep, operands: OperandReader) -> Tensor:
+    """S_0 of dW: one number, or that of the base's weight, shape (out_features, in_features)."""
+    if not isinstance(step.base.precision, TensorInfo):
+        return _scalar(step.base.precision, operands)
+    stored = operands.whole_precision(step.base.precision).div_(step.base.divisor)
+    return stored.T if step.transposed else stored
+
+
+def _posterior(mean: Tensor, precision: Tensor) -> Posterior:
+    return Diagonal.unchecked(mean, precision) if precision.dim() else Isotropic.unchecked(mean, precision)
+
+
 def _product_posterior(
-    source: Operand | None, update: Factors | None, rows: slice, operands: OperandReader
+    source: Operand | None, update: Factors | None, rows: slice, base: Posterior, operands: OperandReader
 ) -> Posterior | None:
     """One source's posterior of some rows of dW; None where the adapter leaves the layer alone."""
     if source is None or update is None:
         return None
     mean = product_mean(update, rows)
+    if isinstance(source.precision, TensorInfo):
+        return base.with_mean(mean)  # without a precision of its own it has the prior's, the only such tensor here
     if update.variance_a is None:
         return Isotropic.unchecked(mean, _scalar(source.precision, operands))
     return Diagonal.unchecked(mean, product_variance(update, rows).reciprocal_().div_(source.divisor))
 
 
 def _scalar(precision: object, operands: OperandReader) -> Tensor:
-    assert isinstance(precision, float)  # beside factor precisions, adapter spaces know scalars only
+    assert isinstance(precision, float)  # the plan gives factors without precisions a number
     return torch.tensor(precision, dtype=operands.dtype, device=operands.device)
 
 
@@ -270,5 +286,4 @@ def _factor_posterior(
     if source.prior_share is not None or stretch != 1.0:
         share = prior if source.prior_share is None else source.prior_share
         precision = (precision - share * stretch) + prior
-    family = Isotropic if precision.dim() == 0 else Diagonal
-    return family.unchecked(mean * ratio, precision)
+    return _posterior(mean * ratio, precision)

@@ -136,7 +136,7 @@ class Setting:
             return self.base.scalar_precision
         if isinstance(self.recipe.precision.prior, int | float):
             return float(self.recipe.precision.prior)
-        if self.base is not None and self.base.sidecar is not None and self.space == "full":
+        if self.base is not None and self.base.sidecar is not None and self.space != "factor":
             if self.base.adapter is None:
                 return None
             self.notes.append(f"{self.base.label}: the precision of the base's adapter is not used as a prior")
@@ -157,12 +157,14 @@ class Setting:
             return values[0]
         seen = ", ".join(f"{label}: {value:.6g}" for label, value in known.items()) or "none recorded"
         why = "" if usable else " (those belong to the LoRA factors, not to the merged weights)"
+        # The base's precisions are those of weights, which says nothing about factors.
+        wanted = "a number" if self.space == "factor" else "a number, or a sidecar of the base"
         self.problems.append(
             MissingInputError(
                 self.recipe.describe(
                     ("precision", "prior"),
                     f"{self.method.name} needs the prior precision S_0; the sidecars record {seen}{why}; "
-                    "expected a number, or a sidecar of the base",
+                    f"expected {wanted}",
                 )
             )
         )

@@ -187,10 +187,11 @@ class ModuleStep:
         truncate: number of singular directions kept, or None where nothing is cut off.
         dtype: safetensors dtype the factors are written in.
         precision_dtype: dtype of their precisions, or None when none is written.
-        base: the prior, mean zero.
+        base: the prior, mean zero; in product space its precision may be that of the base's weight.
         sources: one operand per source, low rank; None where an adapter leaves this module alone.
         weights: one effective weight per source.
         scaling: in factor space, the scaling that B refers to while it is merged; it is baked into the result.
+        transposed: the base stores its weight, and the precision of it, as (in_features, out_features).
     """
 
     name: str
@@ -207,6 +208,7 @@ class ModuleStep:
     sources: tuple[Operand | None, ...]
     weights: tuple[float, ...]
     scaling: float = 1.0
+    transposed: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -231,7 +233,8 @@ class ModuleStep:
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """Every tensor that has to be read."""
-        return tuple(tensor for source in self.sources if source is not None for tensor in source.tensors)
+        sources = tuple(tensor for source in self.sources if source is not None for tensor in source.tensors)
+        return self.base.tensors + sources
 
 
 Step = MergeStep | CopyStep | ModuleStep

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_bayes.errors import NonFiniteError, NonPositivePrecisionError
+from mergekit_bayes.errors import NonFiniteError, NonPositivePrecisionError, PlanError
 from mergekit_bayes.merge import lora
 from mergekit_bayes.merge.modules import coefficients
 from mergekit_bayes.merge.registry import get_method
@@ -26,7 +26,17 @@ from tests.merge.adapter_problem import (
     truth,
     write_sources,
 )
-from tests.merge.builders import factor_names, read_precisions, read_tensors, write_adapter, write_precisions
+from tests.merge.builders import (
+    factor_names,
+    random_precisions,
+    random_tensors,
+    read_metadata,
+    read_precisions,
+    read_tensors,
+    write_adapter,
+    write_checkpoint,
+    write_precisions,
+)
 from tests.merge.truth import merge_tensor, mismatch
 
 PRECISION_METHODS = ("gradient_matching", "posterior", "hessian_weighted")
@@ -347,3 +357,48 @@ def test_a_factor_that_is_no_number_is_named(method: str, space: str, bad: float
 )
 def test_coefficients_are_what_equal_precisions_leave_of_the_weights(method: str, expected: list[float]) -> None:
     assert coefficients(get_method(method), [0.75, -0.25]) == pytest.approx(expected, rel=1e-15)
+
+
+# --- the base's own precisions as the prior ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+@pytest.mark.parametrize("method", PRIOR_METHODS)
+def test_a_sidecar_of_the_base_is_the_prior_of_dw(method: str, scale: str, tmp_path: Path) -> None:
+    """In the orientation of each weight; and for a source that has no precision of its own."""
+    facts = {"num_examples": 5}
+    makes = (Make(facts=facts), Make(facts=facts, modules=("layers.0.up",)), Make(facts=None, rank=1))
+    sources, weights = write_sources(tmp_path, *makes)[: 3 if method == "posterior" else 2], (0.6, 0.9, 0.5)
+    turned = "layers.0.down"
+    shapes = {f"{name}.weight": shape[::-1] if name == turned else shape for name, shape in SHAPES.items()}
+    base = write_checkpoint(tmp_path / "base", random_tensors(0, shapes))
+    known = {name: 0.01 * spread for name, spread in random_precisions(1, shapes).items()}
+    write_precisions(base, known, num_examples=2)
+    options: dict[str, Any] = {"scale": scale, "precision": {}, **WHOLE}
+    report = merge_sources(method, sources, weights[: len(sources)], tmp_path / "out", **options).report
+    units = 5 if scale == "mean" else 1
+    for module in SHAPES:
+        spread = known[f"{module}.weight"].double() / (2 if scale == "mean" else 1)
+        prior = (torch.zeros(SHAPES[module]).double(), spread.T if module == turned else spread)
+        posteriors = []
+        for source in sources:
+            if module not in source.factors:
+                posteriors.append(prior)
+            elif source is sources[0] or source is sources[1]:
+                posteriors.append((source.posterior(module)[0], source.posterior(module)[1] / units))
+            else:
+                posteriors.append((source.update(module), prior[1]))
+        wanted = merge_tensor(method, prior, posteriors, weights[: len(sources)])
+        assert_close(merged_update(tmp_path / "out", module), wanted.mean)
+        gap = mismatch(wanted.mean, *posteriors[0], prior[1])
+        assert report["mismatch"][str(sources[0].folder)]["by_layer"][module] == pytest.approx(units * gap, rel=1e-6)
+    assert read_metadata(tmp_path / "out").prior_precision is None
+
+
+def test_a_sidecar_of_the_base_says_nothing_about_factors(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(), Make())
+    shapes = {f"{name}.weight": shape for name, shape in SHAPES.items()}
+    base = write_checkpoint(tmp_path / "base", random_tensors(0, shapes))
+    write_precisions(base, random_precisions(1, shapes))
+    with pytest.raises(PlanError, match=r"needs the prior precision S_0.*expected a number$"):
+        merge_sources("gradient_matching", sources, (0.5, 0.5), tmp_path / "out", space="factor", precision={})
