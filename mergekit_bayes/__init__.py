@@ -10,6 +10,7 @@
     merge_method          register a merge method of your own
     Parameter             declare a parameter of it
     method_names          the registered methods
+    IVON                  an optimizer that leaves a posterior behind
     MergekitBayesError    the root of every error this library raises on purpose
 
 Names are loaded when they are first used, so importing the package costs nothing.
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit_bayes.errors import MergekitBayesError
+    from mergekit_bayes.finetune import IVON
     from mergekit_bayes.merge.load import load_posterior
     from mergekit_bayes.merge.plan import plan_merge
     from mergekit_bayes.merge.registry import Parameter, merge_method, method_names
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "IVON",
     "Diagonal",
     "Isotropic",
     "MergekitBayesError",
@@ -47,6 +50,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "IVON": "mergekit_bayes.finetune",
     "Diagonal": "mergekit_bayes.posterior",
     "Isotropic": "mergekit_bayes.posterior",
     "MergekitBayesError": "mergekit_bayes.errors",

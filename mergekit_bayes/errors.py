@@ -13,6 +13,7 @@
     |-- NumericalError               numbers that no posterior can have
     |   |-- NonFiniteError             NaN or infinity
     |   `-- NonPositivePrecisionError  a precision that is zero or negative
+    |-- FinetuneError              training, or its optimizer, was asked for something that makes no sense
     |-- PeerError                    another process of the same work failed
     `-- PlanError                    several of the above, found together before any work started
 
@@ -83,6 +84,10 @@ class NonFiniteError(NumericalError):
 
 class NonPositivePrecisionError(NumericalError):
     """A precision that is zero or negative; the message gives the share of entries."""
+
+
+class FinetuneError(MergekitBayesError):
+    """Training, or its optimizer, was asked for something that makes no sense."""
 
 
 class PeerError(MergekitBayesError):

@@ -1,0 +1,17 @@
+"""Finetuning that leaves a posterior behind.
+
+- .py: the optimizer: samples weights, keeps a mean and a curvature
+- _update.py: its equations on tensors, block by block
+- e.py: normal numbers that depend on (seed, draw, sample, parameter) and on nothing else
+- ction.py: averages over processes, where every process draws its own sample
+- rt.py: curvature to precision
+- nostics.py: does the curvature carry information; starting values from a noise-to-weight ratio
+"""
+
+from __future__ import annotations
+
+from mergekit_bayes.finetune.diagnostics import Diagnostics, StartingValues, diagnose, starting_values
+from mergekit_bayes.finetune.export import Exported, export_precision
+from mergekit_bayes.finetune.ivon import IVON
+
+__all__ = ["IVON", "Diagnostics", "Exported", "StartingValues", "diagnose", "export_precision", "starting_values"]
