@@ -39,6 +39,7 @@ def peak_memory(plan: MergePlan, *, workers: int | None = None, block_bytes: int
 
 def _module_bytes(step: ModuleStep, item: int) -> int:
     factors = sum(tensor.nbytes for tensor in step.inputs) + step.rank * (step.in_features + step.out_features) * item
-    # In product space: merged mean, its precision, and as much again while it is decomposed.
-    dense = 5 * step.in_features * step.out_features * item if step.mode == "product" else 0
+    # In product space: merged mean, its precision, as much again while it is decomposed, and a prior of that size.
+    layers = 5 + len(step.base.tensors)
+    dense = layers * step.in_features * step.out_features * item if step.mode == "product" else 0
     return 3 * factors + dense

@@ -223,6 +223,27 @@ def test_removing_more_than_there_is_names_the_module_and_the_share(method: str,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("weights", "prior", "advice"), [((1.0, 1.0), 1e3, "prior precision smaller"), ((0.5, -0.4), 1e-6, "larger")]
+)
+def test_the_advice_fits_the_weights(weights: Sequence[float], prior: float, advice: str, tmp_path: Path) -> None:
+    """A prior counted twice takes precision away where weights add up to more than one; else it only gives."""
+    sources = write_sources(tmp_path, Make(), Make())
+    with pytest.raises(NonPositivePrecisionError, match=advice):
+        merge_sources("gradient_matching", sources, weights, tmp_path / "out", precision={"prior": prior})
+
+
+@pytest.mark.parametrize("method", PRIOR_METHODS)
+@pytest.mark.parametrize("space", ["product", "factor"])
+def test_weights_that_sum_to_one_remove_the_prior_whatever_its_size(method: str, space: str, tmp_path: Path) -> None:
+    sources, weights = write_sources(tmp_path, Make(), Make(), Make()), (0.7, 0.2, 0.1)
+    options: dict[str, Any] = {"dtype": "float32", "space": space, **WHOLE}
+    for prior in (1e-3, 1e7):
+        merge_sources(method, sources, weights, tmp_path / f"{prior}", precision={"prior": prior}, **options)
+    for module in SHAPES:
+        assert_close(merged_update(tmp_path / "10000000.0", module), merged_update(tmp_path / "0.001", module), 1e-4)
+
+
 @pytest.mark.parametrize("method", PRECISION_METHODS)
 def test_a_floor_holds_up_the_precision_and_its_share_is_reported(method: str, tmp_path: Path) -> None:
     sources = write_sources(tmp_path, Make(), Make())
