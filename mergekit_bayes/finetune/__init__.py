@@ -1,11 +1,11 @@
 """Finetuning that leaves a posterior behind.
 
-- .py: the optimizer: samples weights, keeps a mean and a curvature
-- _update.py: its equations on tensors, block by block
-- e.py: normal numbers that depend on (seed, draw, sample, parameter) and on nothing else
-- ction.py: averages over processes, where every process draws its own sample
-- rt.py: curvature to precision
-- nostics.py: does the curvature carry information; starting values from a noise-to-weight ratio
+- ivon.py: the optimizer: samples weights, keeps a mean and a curvature
+- ivon_update.py: its equations on tensors, block by block
+- noise.py: normal numbers that depend on (seed, draw, sample, parameter) and on nothing else
+- reduction.py: averages over processes, where every process draws its own sample
+- export.py: curvature to precision
+- diagnostics.py: does the curvature carry information; starting values from a noise-to-weight ratio
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class IVON(Optimizer):
         FinetuneError: an option out of range.
     """
 
-    def __init__(  # noqa: PLR0913 - the names and the order of the established optimizer
+    def __init__(  # noqa: PLR0913, PLR0917 - the names and the order of the established optimizer
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
@@ -83,9 +83,9 @@ class IVON(Optimizer):
         mc_samples: int = 1,
         hess_approx: str = "price",
         clip_radius: float = math.inf,
+        *,
         debias: bool = True,
         rescale_lr: bool = True,
-        *,
         batch_size: float = 1.0,
         antithetic: bool = False,
         noise: str = "shared",
@@ -316,11 +316,11 @@ class IVON(Optimizer):
         self._generator = generator
         self.zero_grad()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates mean and curvature from the gradients of the contexts since the last step.
 
-        A step whose gradients are not all finite changes neither mean, momentum, curvature nor step count; it is counted
-        in the groups' `skipped`, and the next step draws other noise.
+        A step whose gradients are not all finite changes neither mean, momentum, curvature nor step count; the groups'
+        `skipped` counts it, and the next step draws other noise.
 
         Args:
             closure: zeroes the gradients, computes the loss, calls backward and returns the loss; called once per

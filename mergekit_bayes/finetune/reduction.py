@@ -57,7 +57,7 @@ def average_over_processes(work: Work, trainable: Sequence[tuple[dict[str, Any],
         flat = torch.cat([tensor.reshape(-1).float() for tensor in bucket])
         dist.all_reduce(flat)
         flat.div_(dist.get_world_size())
-        parts = flat.split([tensor.numel() for tensor in bucket])
+        parts = torch.split(flat, [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
     return whole, _finite(tensors)
