@@ -182,7 +182,6 @@ class OutputFolder:
         with disk_errors(self.target, "publish"):
             self._work.publish(overwrite=self.overwrite)
         try:
-            self._work.recover()
             self._work.remove()
         except (OSError, OutputError) as error:
             # The output is complete: only rubbish is left, and the next run to this folder removes it.

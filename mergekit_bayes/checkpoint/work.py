@@ -133,15 +133,14 @@ class WorkFolder:
             self.lock.release()
 
     def remove(self) -> None:
-        """Delete everything here, except former content that could not be put back, and let the lock go.
+        """Delete everything here, once nothing needs to be recovered, and let the lock go.
 
         Raises:
             OSError: something cannot be deleted; the next run will try again.
+            OutputError: as `recover`.
         """
-        if self._replaced.exists():
-            self.suspend()
-            return
         try:
+            self.recover()
             # Everything, not only what has a name here: a killed run may have left a half-written file.
             for path in sorted(self.path.iterdir()):
                 if path != self.lock.path:

@@ -197,7 +197,7 @@ def try_one(scenario: str, fault: str, number: int, parent: Path) -> tuple[bool,
     if fault == "kill twice" and reached:
         in_child(lambda: killed_rerun(target, 1 + number * 7 % 60))
         found += complaints(scenario, fault, target, -9)
-    found += complaints_after_rerun(target, "1" if (number + FAULTS.index(fault)) % 2 else "3")
+    found += complaints_after_rerun(target, "1" if (number + FAULTS.index(fault)) % 2 else "2")
     return reached, [f"{scenario}, {fault} at call {number}: {text}" for text in found]
 
 

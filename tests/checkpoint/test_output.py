@@ -171,6 +171,29 @@ def test_everything_is_synchronised_before_it_is_renamed(tmp_path: Path, monkeyp
     assert str(tmp_path) in calls[moved:]
 
 
+def test_a_file_is_synchronised_before_the_journal_calls_it_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    replace = os.replace
+
+    def note_sync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+
+    def check_replace(source: Path, target: Path) -> None:
+        assert {str(output.staging / "a"), str(output.staging)} <= set(synced)
+        replace(source, target)
+        synced.append("renamed")
+
+    with output_at(tmp_path / "out") as output:
+        (output.staging / "a").write_text("1")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", note_sync)
+            patch.setattr(os, "replace", check_replace)
+            output.finish("a", {})
+    assert synced[-2:] == ["renamed", str(output.staging.parent / "journal")]
+
+
 # Stopping and continuing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,23 @@ def test_no_fault_at_any_system_call_leaves_half_an_output(scenario: str, fault:
     assert result["calls"] > 40
 
 
+def test_a_failed_publication_puts_the_former_output_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(tmp_path / "out", {"a": "old"})
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if Path(source).name == "staging":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(OutputError, match="out: cannot publish: Input/output error"):
+            publish(tmp_path / "out", {"a": "new"}, overwrite=True)
+    assert contents(tmp_path / "out") == {"a": "old"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
 def interrupted_swap(folder: Path) -> None:
     """The state of a machine that stopped between the two renames of a replacement."""
     publish(folder / "out", {"a": "old"})
@@ -54,9 +72,12 @@ def interrupted_swap(folder: Path) -> None:
     (folder / "out").rename(folder / ".out.partial" / "replaced")
 
 
+@pytest.mark.parametrize("target", ["absent", "empty"])
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_a_former_output_is_put_back_after_an_interrupted_swap(tmp_path: Path, overwrite: bool) -> None:
+def test_a_former_output_is_put_back_after_an_interrupted_swap(tmp_path: Path, overwrite: bool, target: str) -> None:
     interrupted_swap(tmp_path)
+    if target == "empty":
+        (tmp_path / "out").mkdir()
     output_at(tmp_path / "out", overwrite=overwrite).recover()
     assert contents(tmp_path / "out") == {"a": "old"}
     assert not (tmp_path / ".out.partial" / "replaced").exists()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_bayes.checkpoint import lock as lock_module
+from mergekit_bayes.checkpoint.lock import FolderLock
 from mergekit_bayes.errors import OutputError
 from tests.checkpoint.outputs import contents, leave_unfinished, output_at
 
@@ -89,6 +91,44 @@ def test_many_at_once_give_one_whole_output(tmp_path: Path) -> None:
     assert sum(not out for out, _ in told) == 1
     assert len(set(contents(tmp_path / "out").values())) == 1
     assert set(contents(tmp_path / "out")) == set("abc")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_a_lock_on_a_file_that_its_holder_has_just_deleted_is_worth_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = FolderLock(tmp_path / "work" / "lock", tmp_path)
+    at_once = lock_module._lock_at_once
+    calls = []
+
+    def after_the_holder_left(descriptor: int, kind: int) -> bool:
+        calls.append(kind)
+        if len(calls) == 1:
+            lock.path.unlink()
+        return at_once(descriptor, kind)
+
+    monkeypatch.setattr(lock_module, "_lock_at_once", after_the_holder_left)
+    lock.acquire()
+    assert len(calls) == 2
+    assert FolderLock(lock.path, tmp_path).is_held()
+    lock.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_another_process_publishes_at_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acquire = FolderLock.acquire
+
+    def after_the_other(lock: FolderLock) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a").write_text("of the other")
+        acquire(lock)
+
+    monkeypatch.setattr(FolderLock, "acquire", after_the_other)
+    with pytest.raises(OutputError, match="not empty"):
+        output_at(tmp_path / "out").__enter__()
+    assert contents(tmp_path / "out") == {"a": "of the other"}
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 

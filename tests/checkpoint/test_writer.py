@@ -500,6 +500,14 @@ def test_a_failed_atomic_write_keeps_the_old_bytes(tmp_path: Path, monkeypatch: 
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_an_atomic_write_never_shows_half_of_it(tmp_path: Path) -> None:
+    disk.write_atomically(tmp_path / "a.json", b"old")
+    with (tmp_path / "a.json").open("rb") as reader:
+        disk.write_atomically(tmp_path / "a.json", b"brand new")
+        assert reader.read() == b"old"
+    assert (tmp_path / "a.json").read_bytes() == b"brand new"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [
