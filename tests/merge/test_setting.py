@@ -215,6 +215,26 @@ def test_priors_that_agree_need_not_be_repeated_in_the_recipe(tmp_path: Path) ->
     problem.merge(problem.recipe("gradient_matching", precision={"prior": 0.5}))
 
 
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ({}, torch.float32),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"out_dtype": "float16"}, torch.float16),
+        ({"dtype": "float64", "out_dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": "bfloat16", "out_dtype": "float32"}, torch.float32),
+    ],
+)
+def test_out_dtype_wins_over_dtype_and_dtype_over_the_files(
+    asked: dict[str, str], written: torch.dtype, tmp_path: Path
+) -> None:
+    problem = write_problem(tmp_path)
+    problem.merge(problem.recipe("task_arithmetic", **asked))
+    wanted = truth(problem, "task_arithmetic", everywhere(WEIGHTS), prior=1.0)
+    compute = torch.float64 if "float64" in asked.values() else torch.float32
+    check_output(tmp_path / "out", wanted, dtype=written, precision_dtype=None, compute=compute)
+
+
 # --- conjugate problems: what Bayes' rule itself says ---------------------------------------------------------------
 
 FEATURES = {"layers.0.weight": (5, 4), "layers.1.weight": (3,), "bias": ()}
