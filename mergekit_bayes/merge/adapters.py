@@ -225,8 +225,7 @@ def trained_scaling(source: Input, module: LoraModule) -> float:
 
 
 def _module_operand(setting: Setting, source: Input, module: LoraModule, weight: str) -> Operand:
-    low_rank = LowRank(module.a, module.b, module.scaling, trained_scaling=trained_scaling(source, module))
-    operand = Operand(source.label, None, low_rank)
+    operand = Operand(source.label, None, LowRank(module.a, module.b, module.scaling))
     found = setting.posterior_of(source, operand, weight)
     if found is None:
         setting.problems.append(setting.no_precision(source, module.name))

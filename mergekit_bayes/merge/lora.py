@@ -36,12 +36,15 @@ class Factors(NamedTuple):
         b: factor B with the adapter's scaling folded in, shape (out_features, rank).
         variance_a: variance of A, shape of A, or None.
         variance_b: variance of B (scaling folded in: s^2 times the stored one), shape of B, or None.
+        prior_variance: the variances that the entries of A and of B would have without any data, where that prior
+            is to be taken out of the precision of dW; None to leave it in.
     """
 
     a: Tensor
     b: Tensor
     variance_a: Tensor | None = None
     variance_b: Tensor | None = None
+    prior_variance: tuple[float, float] | None = None
 
 
 class Truncated(NamedTuple):
@@ -79,6 +82,32 @@ def product_variance(factors: Factors, rows: slice) -> Tensor:
         raise ValueError("these factors carry no variances")
     b, variance_b = factors.b[rows], factors.variance_b[rows]
     return (b * b + variance_b) @ factors.variance_a + variance_b @ (factors.a * factors.a)
+
+
+def product_precision(factors: Factors, rows: slice) -> Tensor:
+    r"""Precision of the given rows of dW: all of it, or what the data added to that of the factors' prior.
+
+        S = 1 / Var[dW]                                        without `prior_variance`
+        H = 1 / Var[dW](V_A, V_B) - 1 / Var[dW](V_0A, V_0B)    with it
+
+    H >= 0, because the variance of a product grows with the variances of its factors and data only narrow those. It is
+    what takes the place of S_t - S_0t where adapters are merged as dW: their priors belong to the factors, and S_0 to
+    dW.
+
+    Returns:
+        Shape (rows, in_features).
+
+    Raises:
+        ValueError: the factors carry no variances.
+    """
+    precision = product_variance(factors, rows).reciprocal_()
+    if factors.prior_variance is None:
+        return precision
+    prior_a, prior_b = factors.prior_variance
+    b, rank = factors.b[rows], factors.a.shape[0]
+    by_row = prior_a * ((b * b).sum(dim=1, keepdim=True) + rank * prior_b)
+    by_column = prior_b * (factors.a * factors.a).sum(dim=0)
+    return precision.sub_((by_row + by_column).reciprocal_()).clamp_min_(0.0)
 
 
 def stack(updates: Sequence[Factors], coefficients: Sequence[float]) -> Factors:

@@ -20,7 +20,7 @@ from mergekit_bayes.merge.lora import (
     Factors,
     fit_factor_variances,
     product_mean,
-    product_variance,
+    product_precision,
     relative_difference,
     row_blocks,
     stack,
@@ -175,7 +175,10 @@ def _product_posterior(
         return base.with_mean(mean)  # without a precision of its own it has the prior's, the only such tensor here
     if update.variance_a is None:
         return Isotropic.unchecked(mean, _scalar(source.precision, operands))
-    return Diagonal.unchecked(mean, product_variance(update, rows).reciprocal_().div_(source.divisor))
+    precision = product_precision(update, rows).div_(source.divisor)
+    if update.prior_variance is not None:
+        precision += base.precision_tensor()
+    return Diagonal.unchecked(mean, precision)
 
 
 def _scalar(precision: object, operands: OperandReader) -> Tensor:

@@ -9,7 +9,7 @@ from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.reader import BlockReader
 from mergekit_bayes.merge.blocks import Stored
 from mergekit_bayes.merge.checks import check_block, check_precision
-from mergekit_bayes.merge.lora import Factors, product_mean, product_variance
+from mergekit_bayes.merge.lora import Factors, product_mean, product_precision
 from mergekit_bayes.merge.steps import LowRank, MergeStep, Operand
 
 
@@ -53,10 +53,11 @@ class OperandReader:
             factors = _oriented(self.factors(operand.low_rank), operand.low_rank.transposed)
             mean = mean.to(self.dtype) + product_mean(factors, rows).reshape(-1)
             if precision is None:
-                precision = product_variance(factors, rows).reciprocal().reshape(-1)
+                precision = product_precision(factors, rows).reshape(-1)
         assert precision is not None  # the plan gives every operand of a merge step a precision
         divisor = None if operand.divisor == 1.0 else self._scalar(operand.divisor)
-        return Stored(mean, precision, divisor, self._scalar(operand.prior_share))
+        taken_out = operand.low_rank is not None and operand.low_rank.prior is not None
+        return Stored(mean, precision, divisor, self._scalar(0.0 if taken_out else operand.prior_share))
 
     def _precision(self, operand: Operand, start: int, stop: int) -> Tensor | None:
         if isinstance(operand.precision, TensorInfo):
@@ -82,7 +83,11 @@ class OperandReader:
         b = b * low_rank.scaling
         if precision_a is None or precision_b is None:
             return Factors(a, b)
-        return Factors(a, b, precision_a.reciprocal_(), precision_b.reciprocal_().mul_(low_rank.scaling**2))
+        variances = precision_a.reciprocal_(), precision_b.reciprocal_().mul_(low_rank.scaling**2)
+        if low_rank.prior is None:
+            return Factors(a, b, *variances)
+        stretch = (low_rank.trained_scaling or low_rank.scaling) ** 2
+        return Factors(a, b, *variances, prior_variance=(1.0 / low_rank.prior, stretch / low_rank.prior))
 
     def factor(self, low_rank: LowRank, which: int) -> tuple[Tensor, Tensor | None]:
         """Factor A (`which` 0) or B (`which` 1) as it is stored, and its precision where a sidecar has it.
@@ -111,5 +116,6 @@ def _oriented(factors: Factors, transposed: bool) -> Factors:
     """The factors of dW in the orientation of the stored weight: (B A)^T = A^T B^T."""
     if not transposed:
         return factors
-    turned = (None if v is None else v.T for v in (factors.variance_b, factors.variance_a))
-    return Factors(factors.b.T, factors.a.T, *turned)
+    turned = [None if v is None else v.T for v in (factors.variance_b, factors.variance_a)]
+    prior = factors.prior_variance
+    return Factors(factors.b.T, factors.a.T, turned[0], turned[1], None if prior is None else (prior[1], prior[0]))

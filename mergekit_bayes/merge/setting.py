@@ -12,6 +12,7 @@ from functools import cached_property
 
 from mergekit_bayes.checkpoint.dtypes import dtype_named
 from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.sidecar import Sidecar
 from mergekit_bayes.errors import (
     MergekitBayesError,
     MethodError,
@@ -221,10 +222,13 @@ class Setting:
             if name in tensors:
                 share = self.prior_share(source)
                 return replace(operand, precision=tensors[name], divisor=divisor, prior_share=share)
-            low_rank = _with_factor_precisions(operand.low_rank, tensors)
+            low_rank = _with_factor_precisions(operand.low_rank, source.sidecar)
             if low_rank is not None:
+                # In factor space S_0 takes the prior's place factor by factor, elsewhere once dW is formed.
+                prior = source.sidecar.metadata.prior_precision if self.needs_prior else None
                 share = self.prior_share(source) if self.space == "factor" else None
-                return replace(operand, low_rank=low_rank, divisor=divisor, prior_share=share)
+                within = None if self.space == "factor" else prior or None
+                return replace(operand, low_rank=replace(low_rank, prior=within), divisor=divisor, prior_share=share)
         if self.needs_prior and (source.sidecar is not None or self.method.precision == "optional"):
             if source.adapter is None or operand.low_rank is not None or name in source.adapter.tensors:
                 self.prior_only.setdefault(source.label, []).append(name)
@@ -279,10 +283,16 @@ class Setting:
         return "F64" if asked or any(entry.dtype == "F64" for step in steps for entry in step.entries) else "F32"
 
 
-def _with_factor_precisions(low_rank: LowRank | None, tensors: Mapping[str, TensorInfo]) -> LowRank | None:
+def _with_factor_precisions(low_rank: LowRank | None, sidecar: Sidecar) -> LowRank | None:
+    tensors = sidecar.tensors
     if low_rank is None or low_rank.a.name not in tensors or low_rank.b.name not in tensors:
         return None
-    return replace(low_rank, precision_a=tensors[low_rank.a.name], precision_b=tensors[low_rank.b.name])
+    return replace(
+        low_rank,
+        precision_a=tensors[low_rank.a.name],
+        precision_b=tensors[low_rank.b.name],
+        trained_scaling=sidecar.metadata.adapter_scaling or low_rank.scaling,
+    )
 
 
 def mergeable(tensor: TensorInfo) -> bool:

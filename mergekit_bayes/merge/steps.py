@@ -31,6 +31,8 @@ class LowRank:
         precision_b: precision of B, shape of B, or None.
         trained_scaling: the scaling that the prior in the sidecar refers to, where it is not `scaling`: a merge bakes
             the scaling into B, and B's share of the prior with it.
+        prior: the prior precision that those precisions contain and that S_0 of dW takes the place of; None to leave
+            them as they are.
     """
 
     a: TensorInfo
@@ -40,6 +42,7 @@ class LowRank:
     precision_a: TensorInfo | None = None
     precision_b: TensorInfo | None = None
     trained_scaling: float | None = None
+    prior: float | None = None
 
     @property
     def rank(self) -> int:

@@ -133,6 +133,24 @@ def merged_variance(folder: Path, module: str) -> Tensor:
     return 1 / lora_precision(*(tensors[name] for name in names), *(precisions[name] for name in names), 1.0)
 
 
+def data_precision(
+    factors: tuple[Tensor, Tensor], precisions: tuple[Tensor, Tensor], prior: float, *, trained: float, scaling: float
+) -> Tensor:
+    """What the data added to the precision of dW, entry by entry: 1/Var - 1/Var of factors that know the prior only.
+
+    Args:
+        factors: A and B as stored.
+        precisions: of A and B as stored, `prior` included.
+        prior: the prior precision of A and of B.
+        trained: the scaling that B's prior refers to.
+        scaling: s in dW = s B A.
+    """
+    a, b = (factor.double() for factor in factors)
+    prior_b = prior * (scaling / trained) ** 2
+    uninformed = (torch.full_like(a, prior), torch.full_like(b, prior_b))
+    return lora_precision(a, b, *precisions, scaling) - lora_precision(a, b, *uninformed, scaling)
+
+
 def truth(
     method: str, sources: Sequence[Posterior | None], weights: Sequence[float], *, floor: float | None = None
 ) -> Truth:

@@ -19,6 +19,7 @@ from tests.merge.adapter_problem import (
     Make,
     Posterior,
     Source,
+    data_precision,
     merge_sources,
     merged_update,
     merged_variance,
@@ -31,6 +32,7 @@ from tests.merge.builders import (
     factor_names,
     random_precisions,
     random_tensors,
+    read_json,
     read_metadata,
     read_precisions,
     read_tensors,
@@ -100,7 +102,7 @@ def test_a_merged_adapter_is_a_source_in_every_space(method: str, first: str, se
     if second == "factor":
         return
     for module in SHAPES:
-        merged = (merged_update(tmp_path / "merged", module), 1 / merged_variance(tmp_path / "merged", module))
+        merged = (merged_update(tmp_path / "merged", module), _precision(tmp_path / "merged", module, method))
         wanted = truth(method, [merged, sources[2].posterior(module)], (0.6, 0.3)).mean
         if second == "full":
             base = read_tensors(tmp_path / "base")[f"{module}.weight"].double()
@@ -109,6 +111,17 @@ def test_a_merged_adapter_is_a_source_in_every_space(method: str, first: str, se
             u, sigma, vh = torch.linalg.svd(wanted, full_matrices=False)
             kept = min(8 if first == "product" else 4, 5)
             assert_close(merged_update(tmp_path / "out", module), (u[:, :kept] * sigma[:kept]) @ vh[:kept])
+
+
+def _precision(folder: Path, module: str, method: str) -> Tensor:
+    """Precision of dW of a merged adapter as a source: its factors' prior, where recorded, gives way to that of dW."""
+    metadata, names = read_metadata(folder), factor_names(module)
+    if method == "hessian_weighted" or metadata.prior_precision is None:
+        return 1 / merged_variance(folder, module)
+    tensors, precisions = read_tensors(folder, "adapter_model"), read_precisions(folder)
+    (a, b), (s_a, s_b) = ([table[name] for name in names] for table in (tensors, precisions))
+    trained = metadata.adapter_scaling or 1.0
+    return PRIOR + data_precision((a, b), (s_a, s_b), metadata.prior_precision, trained=trained, scaling=1.0)
 
 
 @pytest.mark.parametrize("method", SCALAR_METHODS)
@@ -233,6 +246,8 @@ def test_layers_of_one_row_and_ranks_beyond_the_layer(
     if method != "linear":
         options["base_model"] = str(_odd_base(tmp_path))
     merge_sources(method, sources, weights, tmp_path / "out", **options)
+    largest = 8 if method in SCALAR_METHODS else 3  # a stack is exact; what is cut needs no more than a layer has
+    assert read_json(tmp_path / "out" / "adapter_config.json")["r"] == (rank or largest)
     for module, shape in ODD.items():
         exact = sum((w * s.update(module) for w, s in zip(weights, sources, strict=True)), torch.zeros(shape).double())
         wanted = truth(method, posteriors(sources, module), weights).mean if method in PRECISION_METHODS else exact

@@ -61,6 +61,21 @@ def test_factors_without_variances_have_no_product_variance() -> None:
         lora.product_variance(Factors(f.a, f.b), slice(None))
 
 
+def test_what_data_add_to_the_precision_of_the_product_is_never_negative_and_leaves_the_prior_out() -> None:
+    f = _factors(5)
+    assert f.variance_a is not None
+    assert f.variance_b is not None
+    prior = (1.06, 1.07)  # every variance above is smaller
+    informed = lora.product_precision(f._replace(prior_variance=prior), slice(None))
+    uninformed = Factors(f.a, f.b, torch.full_like(f.a, prior[0]), torch.full_like(f.b, prior[1]))
+    expected = 1 / lora.product_variance(f, slice(None)) - 1 / lora.product_variance(uninformed, slice(None))
+    torch.testing.assert_close(informed, expected, rtol=1e-12, atol=0)
+    assert bool((informed > 0).all())
+    nothing = lora.product_precision(uninformed._replace(prior_variance=prior), slice(1, 3))
+    torch.testing.assert_close(nothing, torch.zeros(2, 9, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(lora.product_precision(f, slice(2, 4)), 1 / lora.product_variance(f, slice(2, 4)))
+
+
 def test_a_stack_is_the_exact_weighted_sum_whatever_the_ranks_and_signs() -> None:
     updates = [_factors(5, rank=2), _factors(6, rank=4), _factors(7, rank=1)]
     wanted = [0.3, -1.5, 2.0]

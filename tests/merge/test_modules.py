@@ -19,6 +19,7 @@ from tests.merge.adapter_problem import (
     SHAPES,
     Make,
     Source,
+    data_precision,
     lost_energy,
     merge_sources,
     merged_update,
@@ -118,6 +119,34 @@ def test_scalar_weights_stack_exactly_unless_a_rank_is_asked_for(
         lost = report["layers"].get(module, {"lost_energy": 0.0})["lost_energy"]
         assert lost == pytest.approx(lost_energy(exact, kept), rel=1e-9, abs=1e-15)
     assert not (tmp_path / "out" / "precision.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["gradient_matching", "posterior"])
+@pytest.mark.parametrize("space", ["product", "full"])
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+def test_the_prior_of_the_factors_gives_way_to_that_of_the_update(
+    method: str, space: str, scale: str, tmp_path: Path
+) -> None:
+    """S_t = S_0 + H_t, where H_t is what the data added: no prior of this size can take more away than there is."""
+    shares, prior = (0.5, 0.25), 1e4
+    facts = [{"prior_precision": share, "num_examples": 8} for share in shares]
+    sources = write_sources(tmp_path, Make(facts=facts[0]), Make(rank=3, scaling=0.5, facts=facts[1]))
+    options = {"precision": {"prior": prior}, "space": space, "scale": scale}
+    merge_sources(method, sources, (1.0, 1.0), tmp_path / "out", output={"rank": 5}, **options)
+    units = 8.0 if scale == "mean" else 1.0
+    for module, shape in SHAPES.items():
+        known = [
+            data_precision(s.factors[module], s.precisions[module], share, trained=s.scaling, scaling=s.scaling)
+            for s, share in zip(sources, shares, strict=True)
+        ]
+        zero = (torch.zeros(shape, dtype=torch.float64), prior)
+        pairs = [(s.update(module), prior + added / units) for s, added in zip(sources, known, strict=True)]
+        wanted = merge_tensor(method, zero, pairs, (1.0, 1.0)).mean
+        if space == "full":
+            base = read_tensors(tmp_path / "base")[f"{module}.weight"].double()
+            torch.testing.assert_close(read_tensors(tmp_path / "out")[f"{module}.weight"], base + wanted)
+        else:
+            torch.testing.assert_close(merged_update(tmp_path / "out", module), wanted)
 
 
 def test_a_single_source_at_weight_one_keeps_its_update_and_about_its_variance(tmp_path: Path) -> None:
