@@ -47,7 +47,10 @@ def test_no_fault_at_any_system_call_leaves_half_an_output(scenario: str, fault:
     assert result["calls"] > 40
 
 
-def test_a_failed_publication_puts_the_former_output_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_failed_publication_puts_the_former_output_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
     publish(tmp_path / "out", {"a": "old"})
     rename = os.rename
 
@@ -56,12 +59,43 @@ def test_a_failed_publication_puts_the_former_output_back(tmp_path: Path, monkey
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
-    with monkeypatch.context() as patch:
+    with output_at(tmp_path / "out", overwrite=True) as output, monkeypatch.context() as patch:
+        (output.staging / "a").write_text("new")
+        if finished:
+            output.finish("a", {})
         patch.setattr(os, "rename", fail)
         with pytest.raises(OutputError, match="out: cannot publish: Input/output error"):
-            publish(tmp_path / "out", {"a": "new"}, overwrite=True)
+            output.publish()
+        patch.undo()
     assert contents(tmp_path / "out") == {"a": "old"}
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+    assert (tmp_path / ".out.partial").exists() == finished
+
+
+def test_a_job_may_return_after_another_had_begun_to_clear_it_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_unfinished(tmp_path / "out", job="1")
+    other = WorkFolder(tmp_path / "out")
+    other.lock.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", stop_before_staging)
+        with pytest.raises(KeyboardInterrupt):
+            other.prepare("2")
+    other.lock.release()
+    with output_at(tmp_path / "out", job="1") as output:
+        assert output.finished("a") is None
+        (output.staging / "a").write_text("again")
+        output.finish("a", {})
+        output.publish()
+    assert contents(tmp_path / "out") == {"a": "again"}
+
+
+def stop_before_staging(folder: Path) -> None:
+    if folder.name == "staging":
+        raise KeyboardInterrupt
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
 
 
 def interrupted_swap(folder: Path) -> None:
