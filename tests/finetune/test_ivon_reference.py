@@ -109,7 +109,8 @@ def test_agrees_with_the_oracle(change: dict[str, Any], samples: int) -> None:
 @pytest.mark.parametrize(("ess", "rho"), [(1e2, 1e-2), (1e3, 1e-2), (1e4, 1e-2), (1e4, 1e-3)])
 def test_curvature_settles_at_the_predicted_value(ess: float, rho: float) -> None:
     """h* = H + rho ess E[g^2] / 2 for a quadratic with gradient noise, at a mean held still."""
-    entries, curvature, spread = 4_000, 0.5457, 0.3
+    # entries times steps averaged set the error of the mean: well under the 2% asked for
+    entries, curvature, spread = int(200 / rho) if rho == 1e-2 else 4_000, 0.5457, 0.3
     parameter = torch.nn.Parameter(torch.zeros(entries))
     optimizer = IVON([parameter], lr=0.0, ess=ess, hess_init=0.55, beta2=1 - rho, weight_decay=0.0, seed=4)
     generator, tail = torch.Generator().manual_seed(2), []
