@@ -87,7 +87,7 @@ def copying(entries: int, device: str) -> Callable[[], Tensor]:
 
 def drawing(entries: int, device: str) -> Callable[[], Tensor]:
     target = torch.zeros(entries, device=device)
-    return lambda: target.normal_()
+    return target.normal_
 
 
 def measure(entries: int, tensors: int, repeats: int, device: str) -> dict[str, list[float]]:
