@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "IVON",
     "Diagonal",
+    "IVON",
     "Isotropic",
     "MergekitBayesError",
     "Parameter",
@@ -50,8 +50,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "IVON": "mergekit_bayes.finetune",
     "Diagonal": "mergekit_bayes.posterior",
+    "IVON": "mergekit_bayes.finetune",
     "Isotropic": "mergekit_bayes.posterior",
     "MergekitBayesError": "mergekit_bayes.errors",
     "Parameter": "mergekit_bayes.merge.registry",
