@@ -14,7 +14,9 @@ from torch import Tensor
 from mergekit_bayes.checkpoint.sidecar_metadata import METADATA_KEY
 from mergekit_bayes.errors import MergekitBayesError, NonFiniteError, NonPositivePrecisionError
 from mergekit_bayes.merge.checks import check_block, check_precision
-from mergekit_bayes.merge.run import merge
+from mergekit_bayes.merge.load import load_recipe
+from mergekit_bayes.merge.plan import plan_merge
+from mergekit_bayes.merge.run import merge, run_merge
 from tests.merge.builders import (
     random_precisions,
     random_tensors,
@@ -190,8 +192,12 @@ def test_a_share_of_lost_entries_is_counted_over_all_blocks(tmp_path: Path) -> N
         tmp_path / "one", {key: torch.full(size, 0.75) for key, size in shape.items()}, prior_precision=0.5
     )
     write_precisions(tmp_path / "two", {"wide": removed}, prior_precision=0.5)
-    message = refusal(tmp_path, NonPositivePrecisionError, recipe(tmp_path, weights=(1.0, -1.0)))
-    assert message.startswith("wide: 0.1% of 300000 merged precisions are zero or negative (lowest -1.75)")
+    plan = plan_merge(load_recipe(recipe(tmp_path, weights=(1.0, -1.0))), tmp_path / "out")
+    with pytest.raises(NonPositivePrecisionError) as caught:
+        run_merge(plan, max_memory=1 << 20)
+    words = "wide: 0.1% of 300000 merged precisions are zero or negative (lowest -1.75)"
+    assert str(caught.value).startswith(words)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_floor_keeps_the_precision_positive_and_is_reported(tmp_path: Path) -> None:
