@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the order of `sorted`, which a test checks
     "Diagonal",
     "IVON",
     "Isotropic",
