@@ -11,10 +11,23 @@ from typing import Any
 import pytest
 import torch
 
+from mergekit_bayes import load_recipe, plan_merge
+from mergekit_bayes.checkpoint.reference import ResolvedFolder
 from mergekit_bayes.errors import PlanError
+from mergekit_bayes.merge import inputs as opening
+from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.run import merge
 from tests.merge.adapter_builders import dense_merge, load_adapted, load_base, logits, quiet, save_adapter
-from tests.merge.builders import random_precisions, read_json, read_tensors, tensor_infos, write_precisions
+from tests.merge.builders import (
+    random_precisions,
+    random_tensors,
+    read_json,
+    read_tensors,
+    tensor_infos,
+    write_adapter,
+    write_checkpoint,
+    write_precisions,
+)
 
 Adapters = Callable[..., Path]
 
@@ -269,3 +282,43 @@ def test_the_configuration_is_plain_lora_of_scaling_one(adapters: Adapters, tmp_
     card = (tmp_path / "out" / "README.md").read_text()
     assert "rank 8" in card
     assert "library_name: peft" in card
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def plan_of(root: Path, *configs: Mapping[str, Any], base_model: str | None = None) -> MergePlan:
+    """The plan of a soup of adapters with these configurations."""
+    models = []
+    for seed, config in enumerate(configs):
+        drawn = random_tensors(seed, {"a": (2, 4), "b": (5, 2)})
+        folder = write_adapter(root / f"adapter{seed}", {"up": (drawn["a"], drawn["b"])}, **config)
+        models.append({"model": str(folder), "parameters": {"weight": 0.5}})
+    recipe = {"merge_method": "linear", "models": models}
+    return plan_merge(load_recipe({**recipe, **({} if base_model is None else {"base_model": base_model})}))
+
+
+def test_a_base_of_the_hub_is_named_with_the_commit_that_was_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_checkpoint(tmp_path / "base", random_tensors(9, {"up.weight": (5, 4)}))
+
+    def resolve(reference: str, revision: str | None, *, base_dir: Path) -> ResolvedFolder:
+        return ResolvedFolder(base, COMMIT) if reference == "org/base" else ResolvedFolder(Path(reference), None)
+
+    monkeypatch.setattr(opening, "resolve", resolve)
+    config = plan_of(tmp_path, {}, {}, base_model="org/base@main").configuration
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", COMMIT)
+
+
+def test_what_adapters_say_differently_is_noted(tmp_path: Path) -> None:
+    first = {"base_model_name_or_path": "org/base", "revision": "v1", "task_type": "CAUSAL_LM", "r": 2}
+    plan = plan_of(tmp_path, {}, first, {"base_model_name_or_path": "other/base", "task_type": "SEQ_CLS"})
+    config = plan.configuration
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "v1")
+    assert config["task_type"] == "CAUSAL_LM"
+    assert plan.notes == (
+        "the adapters name different bases (org/base, other/base); the output names org/base",
+        "adapter_config.json: task_type differs between the adapters; the output has 'CAUSAL_LM'",
+    )
+    assert not plan_of(tmp_path / "same", first, first).notes
