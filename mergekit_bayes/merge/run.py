@@ -138,6 +138,7 @@ def run_merge(
         leader=processes.leader,
     )
     if processes.leader:
+        folder.recover()
         folder.check()
     with processes.together(), folder:
         if not processes.leader:
