@@ -110,19 +110,17 @@ def _module_step(
 ) -> ModuleStep | None:
     target = Adapter.base_tensor(name)
     found = [(source, module) for source in setting.sources if (module := adapter_of(source).modules.get(name))]
-    problems = list(_disagreements(setting, name, found))
+    problems = [*_differences(name, found), *_unsuitable(setting, name, found)]
     setting.problems.extend(problems)
     weights = setting.try_weights(target, position)
     if problems or weights is None:
         return None
-    present = [module for _, module in found]
-    first = present[0]
+    first = found[0][1]
     mode = "factor" if setting.space == "factor" else ("product" if setting.uses_precision else "stack")
-    rank, truncate = _rank(setting, mode, present)
-    prior, transposed = _weight_in_base(setting, found[0], attached)
+    rank, truncate = _rank(setting, mode, [module for _, module in found])
+    prior, transposed = _weight_in_base(found[0], attached)
     operands = {source.label: _module_operand(setting, source, module, prior) for source, module in found}
-    # Sums of floats depend on their order; that of the recipe must not show.
-    order = sorted(zip((source.label for source in setting.sources), weights, strict=True))
+    ordered = _by_label(setting, weights)
     return ModuleStep(
         name=name,
         mode=mode,
@@ -135,16 +133,19 @@ def _module_step(
         dtype=setting.output_dtype(name, first.a, {source.label: module.a for source, module in found}),
         precision_dtype=setting.precision_dtype,
         base=setting.with_prior(Operand("prior", None), prior),
-        sources=tuple(operands.get(label) for label, _ in order),
-        weights=tuple(weight for _, weight in order),
+        sources=tuple(operands.get(label) for label in ordered),
+        weights=tuple(ordered.values()),
         scaling=scaling,
         transposed=transposed,
     )
 
 
-def _weight_in_base(
-    setting: Setting, found: tuple[Input, LoraModule], attached: Mapping[str, Attached]
-) -> tuple[str, bool]:
+def _by_label(setting: Setting, weights: Sequence[float]) -> dict[str, float]:
+    """Weights by source, in an order that does not show that of the recipe: sums of floats depend on theirs."""
+    return dict(sorted(zip((source.label for source in setting.sources), weights, strict=True)))
+
+
+def _weight_in_base(found: tuple[Input, LoraModule], attached: Mapping[str, Attached]) -> tuple[str, bool]:
     """Name of the weight in the base, a tied head's embedding included, and whether it is stored transposed."""
     source, module = found
     target = Adapter.base_tensor(module.name)
@@ -157,7 +158,8 @@ def _weight_in_base(
     return stored, oriented.transposed or oriented.kind == "embedding"
 
 
-def _disagreements(setting: Setting, name: str, found: Found) -> Iterator[MergekitBayesError]:
+def _differences(name: str, found: Found) -> Iterator[ShapeMismatchError]:
+    """Updates of one module that cannot be of the same layer."""
     source, first = found[0]
     for other, module in found[1:]:
         seen, expected = (module.b.shape[0], module.a.shape[1]), (first.b.shape[0], first.a.shape[1])
@@ -171,20 +173,26 @@ def _disagreements(setting: Setting, name: str, found: Found) -> Iterator[Mergek
                 f"{name}: adapted as {module.kind} in {other.label}, as {first.kind} in {source.label}; "
                 "expected the same kind of layer"
             )
-        if setting.space == "factor" and module.rank != first.rank:
-            yield ShapeMismatchError(
-                f"{name}: rank {module.rank} in {other.label}, {first.rank} in {source.label}; "
-                "factor space needs equal ranks, use space: product"
+
+
+def _unsuitable(setting: Setting, name: str, found: Found) -> Iterator[CheckpointError]:
+    """Updates that do not fit the space, or say nothing where precisions count."""
+    source, first = found[0]
+    if setting.space == "factor":
+        labels = {each.label for each, _ in found}
+        if absent := [each.label for each in setting.sources if each.label not in labels]:
+            yield MissingTensorError(
+                f"{name}: not adapted by {', '.join(absent)}; factor space needs it in all, use space: product"
             )
-    labels = {each.label for each, _ in found}
-    absent = [each.label for each in setting.sources if each.label not in labels]
-    if setting.space == "factor" and absent:
-        yield MissingTensorError(
-            f"{name}: not adapted by {', '.join(absent)}; factor space needs it in all, use space: product"
-        )
-    # At scaling 0 dW is zero whatever the factors are: their precisions would make it infinitely certain.
-    for each, module in found:
-        if setting.uses_precision and module.scaling == 0.0:
+        for other, module in found[1:]:
+            if module.rank != first.rank:
+                yield ShapeMismatchError(
+                    f"{name}: rank {module.rank} in {other.label}, {first.rank} in {source.label}; "
+                    "factor space needs equal ranks, use space: product"
+                )
+    for each, module in found if setting.uses_precision else ():
+        # dW is zero whatever the factors are: their precisions would make it infinitely certain.
+        if module.scaling == 0.0:
             yield CheckpointError(
                 f"{each.label}: {name} has scaling 0 (lora_alpha), so its factors say nothing about the layer; "
                 "expected another lora_alpha, or leave this source out"
@@ -255,8 +263,8 @@ def _saved_step(setting: Setting, name: str, position: float) -> Step | None:
         source.label: _saved_operand(setting, source, tensors[source.label], dense, own=name)
         for source in setting.sources
     }
-    order = sorted(zip((source.label for source in setting.sources), weights, strict=True))
-    known = [(operand, weight) for label, weight in order if (operand := operands[label]) is not None]
+    ordered = _by_label(setting, weights).items()
+    known = [(operand, weight) for label, weight in ordered if (operand := operands[label]) is not None]
     return MergeStep(
         name=stored.name,
         shape=stored.shape,

@@ -167,3 +167,8 @@ def lost_energy(update: Tensor, rank: int) -> float:
     """Share of the squared norm that the best approximation of this rank leaves out."""
     squares = torch.linalg.svdvals(update).square()
     return float(squares[rank:].sum() / squares.sum())
+
+
+def assert_close(seen: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
+    """Equal, give or take `tolerance` times the largest entry that is wanted."""
+    torch.testing.assert_close(seen.double(), wanted.double(), rtol=0, atol=tolerance * float(wanted.abs().max()))

@@ -19,6 +19,7 @@ from tests.merge.adapter_problem import (
     Make,
     Posterior,
     Source,
+    assert_close,
     data_precision,
     merge_sources,
     merged_update,
@@ -54,10 +55,6 @@ def combine(
     base = str(write_base(folders[0].parent / "base"))
     recipe: Recipe = {"merge_method": method, "base_model": base, "models": models, "dtype": "float64", **extra}
     return merge(recipe, out, threads=threads)
-
-
-def assert_close(seen: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(seen.double(), wanted.double(), rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
 # --- one merge after another ------------------------------------------------------------------------------------------
