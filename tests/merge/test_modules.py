@@ -1,4 +1,4 @@
-"""One adapted layer at a time: merges in product and in factor space, from files to files, against float64 oracles."""
+"""One adapted layer at a time: merges in product space, from files to files, against float64 oracles."""
 
 from __future__ import annotations
 
