@@ -137,7 +137,8 @@ class Engine:
     ) -> Record:
         if isinstance(step, ModuleStep):
             record = run_module(step, self.plan, self._operands, self._write_pair(step, mean, precision))
-            self._progress(sum(tensor.nbytes for tensor in step.inputs) + sum(e.nbytes for e in step.entries))
+            written = (*step.entries, *step.precision_entries)
+            self._progress(sum(tensor.nbytes for tensor in step.inputs) + sum(entry.nbytes for entry in written))
             return record
         if isinstance(step, CopyStep):
             return self._copy(step, start, stop, mean)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_bayes import load_posterior
+from mergekit_bayes import load_posterior, load_recipe, plan_merge
 from mergekit_bayes.merge import lora
+from mergekit_bayes.merge.execute import Engine, Options
 from mergekit_bayes.merge.run import MergeResult, merge
 from tests.merge.adapter_problem import (
     PRIOR,
@@ -152,6 +153,36 @@ def test_a_checkpoint_made_of_adapters_is_a_source(method: str, tmp_path: Path) 
         wanted = truth(method, [(update, precisions[name].double()), sources[2].posterior(module)], (0.6, 0.3))
         assert_close(read_tensors(tmp_path / "out")[name], base[name].double() + wanted.mean)
         assert_close(read_precisions(tmp_path / "out")[name], wanted.precision, 1e-6)
+
+
+@pytest.mark.parametrize("space", ["product", "factor"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", False])
+def test_the_sidecar_is_as_it_was_asked_for(stored: str | bool, space: str, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(scaling=0.5), Make())
+    options: Recipe = {"space": space, "output": {"precision": stored}}
+    merge_sources("hessian_weighted", sources, (0.5, 0.5), tmp_path / "out", **options)
+    assert (tmp_path / "out" / "precision.safetensors").exists() == (stored is not False)
+    if stored is False:
+        return
+    dtype = getattr(torch, str(stored))
+    assert {precision.dtype for precision in read_precisions(tmp_path / "out").values()} == {dtype}
+    folders = [tmp_path / "out", sources[0].folder]
+    combine("hessian_weighted", folders, (0.5, 0.5), tmp_path / "again")
+
+
+@pytest.mark.parametrize("method", ["linear", "hessian_weighted"])
+def test_progress_adds_up_to_the_plan(method: str, tmp_path: Path) -> None:
+    sources = write_sources(tmp_path, Make(), Make(rank=1))
+    models = [{"model": str(source.folder), "parameters": {"weight": 0.5}} for source in sources]
+    plan = plan_merge(load_recipe({"merge_method": method, "models": models}))
+    advanced: list[int] = []
+    engine = Engine(plan, Options(threads=1), progress=advanced.append)
+    for unit in plan.units:
+        engine.run_unit(unit, tmp_path)
+    headers = sum(
+        len(layout.header) for unit in plan.units for layout in (unit.layout, unit.precision_layout) if layout
+    )
+    assert sum(advanced) == plan.bytes_read + plan.bytes_written - headers
 
 
 def test_a_merged_adapter_is_a_posterior_in_python(tmp_path: Path) -> None:
