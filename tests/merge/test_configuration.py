@@ -81,8 +81,9 @@ def test_the_path_of_the_donor_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", [{"dtype": "bfloat16"}, {"out_dtype": "bfloat16", "dtype": "float32"}])
 def test_the_dtype_is_the_one_written(key: str, asked: dict[str, str], tmp_path: Path) -> None:
     nested = {**CONFIG, key: "float32", "text_config": {key: "float32"}, "vision_config": {"depth": 2}}
-    write(tmp_path, {"base": nested})
-    config, _ = run(tmp_path, **asked)
+    write(tmp_path, dict.fromkeys(NAMES, nested))
+    config, result = run(tmp_path, **asked)
+    assert notes(result) == []
     assert config == {
         **CONFIG,
         key: "bfloat16",
