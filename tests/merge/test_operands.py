@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mergekit_bayes.checkpoint.sidecar import open_sidecar
 from mergekit_bayes.errors import NonFiniteError, NonPositivePrecisionError
 from mergekit_bayes.merge.operands import OperandReader
 from mergekit_bayes.merge.steps import LowRank, MergeStep, Operand
-from tests.merge.adapter_problem import Make, Source, write_source
+from tests.merge.adapter_problem import Make, Source, data_precision, write_source
 from tests.merge.builders import factor_names, random_tensors, write_adapter, write_checkpoint, write_precisions
 
 ROWS, COLUMNS = 6, 4
@@ -82,6 +83,21 @@ def test_an_update_is_added_in_the_orientation_of_the_weight(
     assert block.divisor is not None
     assert block.prior_share is not None
     assert (float(block.divisor), float(block.prior_share)) == (8.0, 0.25)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_prior_of_the_factors_is_taken_out_of_the_precision(
+    transposed: bool, source: Source, reader: OperandReader
+) -> None:
+    """B's prior is meant at the scaling of training, 3, while the adapter has -1.5."""
+    shape = (COLUMNS, ROWS) if transposed else (ROWS, COLUMNS)
+    factors = replace(low_rank(source, transposed=transposed), prior=0.5, trained_scaling=3.0)
+    _, (block,) = reader.block(step(Operand("adapter", None, factors), shape), 0, ROWS * COLUMNS)
+    added = data_precision(source.factors["up"], source.precisions["up"], 0.5, trained=3.0, scaling=-1.5)
+    wanted = added.T if transposed else added
+    torch.testing.assert_close(block.precision, wanted.reshape(-1), rtol=1e-10, atol=0)
+    assert block.prior_share is not None
+    assert float(block.prior_share) == 0.0
 
 
 def test_an_update_without_precisions_has_the_number_it_is_given(source: Source, reader: OperandReader) -> None:
