@@ -86,6 +86,13 @@ CASES = {
     "tied head stored whole": Case(
         "llama_tied", ((0.7, {**ATTENTION, "modules_to_save": ["lm_head"]}), (0.4, ATTENTION))
     ),
+    "head and embedding adapted as one": Case(
+        "llama_tied", ((0.7, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}), (0.4, ATTENTION))
+    ),
+    "head and embedding stored whole as one": Case(
+        "llama_tied",
+        ((0.7, {**ATTENTION, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}), (0.4, ATTENTION)),
+    ),
     "classifier": Case(
         "bert",
         (
