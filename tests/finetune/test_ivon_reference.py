@@ -13,7 +13,7 @@ import torch
 
 from mergekit_bayes import IVON
 from tests.finetune.noises import Replayed
-from tests.oracles.ivon import ivon as oracle
+from tests.finetune.oracle import ivon as oracle
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "ivon" / "reference.json").read_text())["cases"]
 BASE = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta1": 0.9, "beta2": 0.95, "weight_decay": 1e-2}
