@@ -54,7 +54,9 @@ class Processes:
             failure = error
             raise
         finally:
-            self._agree(failure)
+            # Who heard of another's failure has already taken part in the exchange that told of it.
+            if not isinstance(failure, PeerError):
+                self._agree(failure)
             if started:
                 dist.destroy_process_group()
 

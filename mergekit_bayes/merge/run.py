@@ -28,9 +28,6 @@ from mergekit_bayes.recipe import load_recipe
 COMPILE_FROM_BYTES = 24 << 30
 """From this much work on, fusing the arithmetic saves more time than the compiler takes."""
 
-PATIENCE = 600.0
-"""Seconds that a process waits for the leading one to prepare the output folder."""
-
 
 APPROXIMATIONS = {
     "cross_terms": "cross terms of averaging A and B separately, relative to the exact update",
@@ -141,8 +138,7 @@ def run_merge(
         folder.recover()
         folder.check()
     with processes.together(), folder:
-        if not processes.leader:
-            folder.wait_ready(PATIENCE)
+        processes.barrier()  # the leader has prepared the folder
         records = _run_units(plan, folder, options, processes, progress=progress)
         if not processes.leader:
             return MergeResult(plan.out, {})
