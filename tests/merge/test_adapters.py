@@ -329,3 +329,24 @@ def test_what_adapters_say_differently_is_noted(tmp_path: Path) -> None:
         "adapter_config.json: task_type differs between the adapters; the output has 'CAUSAL_LM'",
     )
     assert not plan_of(tmp_path / "same", first, first).notes
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        (["head"], ["head"]),
+        (["head", "unused"], ["head"]),
+        (["out"], ["head.dense", "out"]),
+        (None, ["head.dense", "head.out"]),
+    ],
+)
+def test_modules_stored_whole_are_named_as_the_adapters_name_them(
+    named: list[str] | None, expected: list[str], tmp_path: Path
+) -> None:
+    saved = {
+        "head.dense.weight": torch.ones(2, 4),
+        "head.dense.bias": torch.ones(2),
+        "head.out.weight": torch.ones(2, 2),
+    }
+    config = plan_of(tmp_path, *({"saved": saved, "modules_to_save": named} for _ in range(2))).configuration
+    assert config["modules_to_save"] == expected

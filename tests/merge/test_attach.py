@@ -18,7 +18,19 @@ from mergekit_bayes.errors import MergekitBayesError, PlanError
 from mergekit_bayes.merge.attach import Attached, attach, embeddings_changed, recorded_bases
 from mergekit_bayes.merge.inputs import Input, open_input
 from mergekit_bayes.merge.run import merge
-from tests.merge.builders import CONFIG, random_tensors, read_json, read_tensors, write_adapter, write_checkpoint
+from tests.merge.builders import (
+    CONFIG,
+    factor_names,
+    random_precisions,
+    random_tensors,
+    read_json,
+    read_tensors,
+    tensor_infos,
+    write_adapter,
+    write_checkpoint,
+    write_precisions,
+)
+from tests.merge.truth import lora_precision, lora_update, merge_tensor
 
 TIED = {**CONFIG, "tie_word_embeddings": True, "architectures": ["ToyForCausalLM"], "vocab_size": 6}
 SHAPES = {"model.embed.weight": (6, 4), "model.up.weight": (5, 4), "model.up.bias": (5,)}
@@ -166,3 +178,42 @@ def test_only_a_merge_writes_its_base_into_the_header(text: str | None, recorded
     file = adapter / "adapter_model.safetensors"
     save_file(load_file(file), file, metadata={"format": "pt", **({} if text is None else {"mergekit_bayes": text})})
     assert recorded_bases(Input("a", None, open_adapter(adapter), None)) == recorded
+
+
+def test_the_prior_of_a_tied_head_is_that_of_its_embedding(tmp_path: Path) -> None:
+    base = base_in(tmp_path)
+    known = random_precisions(3, SHAPES, above=0.1)
+    write_precisions(base, known)
+    pair = factors(6, 4)
+    adapter = write_adapter(tmp_path / "a", {"lm_head": pair})
+    shapes = {name: info.shape for name, info in tensor_infos(adapter).items()}
+    spread = random_precisions(4, shapes, above=1.0)
+    write_precisions(adapter, spread)
+    models = [{"model": str(adapter), "parameters": {"weight": 0.5}}]
+    recipe = {"merge_method": "gradient_matching", "base_model": str(base), "models": models, "dtype": "float64"}
+    merge({**recipe, "output": {"rank": 4}}, tmp_path / "out")
+    prior = (torch.zeros(6, 4), known["model.embed.weight"])
+    precisions = [spread[name] for name in factor_names("lm_head")]
+    source = (lora_update(*pair, 1.0), lora_precision(*pair, *precisions, 1.0))
+    wanted = merge_tensor("gradient_matching", prior, [source], [0.5]).mean
+    stored = read_tensors(tmp_path / "out", "adapter_model")
+    a, b = (stored[name] for name in factor_names("lm_head"))
+    torch.testing.assert_close(b @ a, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("where", ["base", "source"])
+def test_updates_of_weights_that_take_several_blocks(where: str, tmp_path: Path) -> None:
+    """Blocks of an updated weight end where its rows end, whether base or source brings the update."""
+    shape = (300, 301)  # more than one block, and no block is a whole number of rows by itself
+    base = write_checkpoint(tmp_path / "base", random_tensors(0, {"up.weight": shape}))
+    other = write_checkpoint(tmp_path / "other", random_tensors(1, {"up.weight": shape}))
+    a, b = factors(*shape)
+    adapter = write_adapter(tmp_path / "a", {"up": (a, b)})
+    adapted = f"{base}+{adapter}"
+    names = (adapted, str(other)) if where == "base" else (str(other), adapted)
+    models = [{"model": names[1], "parameters": {"weight": 0.25}}]
+    merge({"merge_method": "task_arithmetic", "base_model": names[0], "models": models}, tmp_path / "out")
+    mine, theirs = read_tensors(base)["up.weight"] + b @ a, read_tensors(other)["up.weight"]
+    first, second = (mine, theirs) if where == "base" else (theirs, mine)
+    wanted = first + 0.25 * (second - first)
+    torch.testing.assert_close(read_tensors(tmp_path / "out")["up.weight"], wanted, rtol=1e-4, atol=1e-4)
