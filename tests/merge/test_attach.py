@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergekit_bayes import load_recipe, plan_merge
 from mergekit_bayes.checkpoint.adapter import open_adapter
 from mergekit_bayes.checkpoint.index import open_checkpoint
 from mergekit_bayes.errors import MergekitBayesError, PlanError
 from mergekit_bayes.merge.attach import Attached, attach, embeddings_changed, recorded_bases
 from mergekit_bayes.merge.inputs import Input, open_input
-from mergekit_bayes.merge.run import merge
+from mergekit_bayes.merge.run import merge, run_merge
 from tests.merge.builders import (
     CONFIG,
     factor_names,
@@ -212,7 +213,8 @@ def test_updates_of_weights_that_take_several_blocks(where: str, tmp_path: Path)
     adapted = f"{base}+{adapter}"
     names = (adapted, str(other)) if where == "base" else (str(other), adapted)
     models = [{"model": names[1], "parameters": {"weight": 0.25}}]
-    merge({"merge_method": "task_arithmetic", "base_model": names[0], "models": models}, tmp_path / "out")
+    recipe = load_recipe({"merge_method": "task_arithmetic", "base_model": names[0], "models": models})
+    run_merge(plan_merge(recipe, tmp_path / "out"), max_memory=1)
     mine, theirs = read_tensors(base)["up.weight"] + b @ a, read_tensors(other)["up.weight"]
     first, second = (mine, theirs) if where == "base" else (theirs, mine)
     wanted = first + 0.25 * (second - first)
