@@ -115,6 +115,24 @@ def test_scalar_weights_stack_exactly_unless_a_rank_is_asked_for(
     assert not (tmp_path / "out" / "precision.safetensors").exists()
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "gradient_matching"])
+def test_weights_may_follow_layers_and_filters(method: str, sources: list[Source], tmp_path: Path) -> None:
+    """Positions and filters are those of the base's weights, as in a merge of full models."""
+    values = ([0.25, 0.75], [{"filter": "down", "value": 0.4}, {"value": 1.0}])
+    models = [{"model": str(s.folder), "parameters": {"weight": v}} for s, v in zip(sources, values, strict=False)]
+    report = merge_sources(method, sources[:2], (1.0, 1.0), tmp_path / "out", models=models, **WHOLE).report
+    for module in SHAPES:
+        weights = (0.75 if "layers.1" in module else 0.25, 0.4 if "down" in module else 1.0)
+        if method == "task_arithmetic":
+            wanted = sum(
+                (w * s.update(module) for w, s in zip(weights, sources, strict=False)), torch.zeros(()).double()
+            )
+        else:
+            wanted = truth(method, [source.posterior(module) for source in sources[:2]], weights).mean
+        assert_close(merged_update(tmp_path / "out", module), wanted)
+        assert report["method"]["weights"][module] == dict(zip((str(s.folder) for s in sources), weights, strict=False))
+
+
 @pytest.mark.parametrize("method", ["gradient_matching", "posterior"])
 @pytest.mark.parametrize("space", ["product", "full"])
 @pytest.mark.parametrize("scale", ["sum", "mean"])
