@@ -22,14 +22,16 @@ PACKAGE = ROOT / "mergekit_bayes"
 # A module imports from itself and from the rows below; names in one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("finetune", "merge", "preview", "evaluate"),
+    ("finetune", "merge", "preview"),
+    ("evaluate",),
+    ("data", "model"),
     ("recipe", "checkpoint"),
     ("precision",),
     ("posterior",),
     ("errors",),
 )
 # These start without the heavy libraries, so that --help, a plan and a recipe error are instant.
-LIGHT = ("errors", "recipe", "checkpoint", "posterior", "merge/methods", "merge/registry.py", "cli")
+LIGHT = ("errors", "recipe", "checkpoint", "data", "posterior", "merge/methods", "merge/registry.py", "cli")
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
 
 
