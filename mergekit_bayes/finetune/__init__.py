@@ -1,17 +1,18 @@
 """Finetuning that leaves a posterior behind.
 
-- ivon.py: the optimizer: samples weights, keeps a mean and a curvature
-- ivon_update.py: its equations on tensors, block by block
-- noise.py: normal numbers that depend on (seed, draw, sample, parameter) and on nothing else
-- reduction.py: averages over processes, where every process draws its own sample
-- export.py: curvature to precision
-- diagnostics.py: does the curvature carry information; starting values from a noise-to-weight ratio
+- ivon/: the optimizer, its export to precisions, its diagnostics
 """
 
 from __future__ import annotations
 
-from mergekit_bayes.finetune.diagnostics import Diagnostics, StartingValues, diagnose, starting_values
-from mergekit_bayes.finetune.export import Exported, export_precision
-from mergekit_bayes.finetune.ivon import IVON
+from mergekit_bayes.finetune.ivon import (
+    IVON,
+    Diagnostics,
+    Exported,
+    StartingValues,
+    diagnose,
+    export_precision,
+    starting_values,
+)
 
 __all__ = ["IVON", "Diagnostics", "Exported", "StartingValues", "diagnose", "export_precision", "starting_values"]

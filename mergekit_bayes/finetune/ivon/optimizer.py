@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mergekit_bayes.errors import FinetuneError
-from mergekit_bayes.finetune.ivon_update import Coefficients, blocks, hess_floor, perturb_, update_
-from mergekit_bayes.finetune.noise import PREDICT, TRAIN, KeyedNoise, stream_key
-from mergekit_bayes.finetune.options import check_group
-from mergekit_bayes.finetune.reduction import average_over_processes, process_rank
+from mergekit_bayes.finetune.ivon.noise import PREDICT, TRAIN, KeyedNoise, stream_key
+from mergekit_bayes.finetune.ivon.options import check_group
+from mergekit_bayes.finetune.ivon.reduction import average_over_processes, process_rank
+from mergekit_bayes.finetune.ivon.update import Coefficients, blocks, hess_floor, perturb_, update_
 
 __all__ = ["IVON"]
 

@@ -14,7 +14,7 @@ from mergekit_bayes.errors import FinetuneError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergekit_bayes.finetune.ivon import IVON
+    from mergekit_bayes.finetune.ivon.optimizer import IVON
 
 __all__ = ["Diagnostics", "StartingValues", "diagnose", "starting_values"]
 
