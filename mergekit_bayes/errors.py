@@ -14,6 +14,7 @@
     |   |-- NonFiniteError             NaN or infinity
     |   `-- NonPositivePrecisionError  a precision that is zero or negative
     |-- FinetuneError              training, or its optimizer, was asked for something that makes no sense
+    |-- EvaluateError              a prediction or its score was asked for something that makes no sense
     |-- PeerError                    another process of the same work failed
     `-- PlanError                    several of the above, found together before any work started
 
@@ -88,6 +89,10 @@ class NonPositivePrecisionError(NumericalError):
 
 class FinetuneError(MergekitBayesError):
     """Training, or its optimizer, was asked for something that makes no sense."""
+
+
+class EvaluateError(MergekitBayesError):
+    """A prediction, or a score of it, was asked for something that makes no sense."""
 
 
 class PeerError(MergekitBayesError):
