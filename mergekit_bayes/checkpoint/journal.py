@@ -49,6 +49,27 @@ class Journal:
         entry = {"item": item, "files": sizes, "record": record}
         write_atomically(self._path(item), json.dumps(entry, sort_keys=True).encode())
 
+    def remove(self, item: str) -> None:
+        """Forget `item` and delete its files, the entry first: an item without an entry was never finished.
+
+        Folders that become empty go with their files.
+
+        Raises:
+            OutputError: the disk failed.
+        """
+        entry = self._read(self._path(item))
+        with disk_errors(self._path(item), "remove"):
+            self._path(item).unlink(missing_ok=True)
+            sync_folder(self.folder)
+        for name in () if entry is None else entry["files"]:
+            path = self.staging / name
+            with disk_errors(path, "remove"):
+                path.unlink(missing_ok=True)
+                for folder in path.parents:
+                    if folder == self.staging or any(folder.iterdir()):
+                        break
+                    folder.rmdir()
+
     def get(self, item: str) -> Record | None:
         """The record of `item`, or None if it is not finished or its files are no longer what they were."""
         entry = self._read(self._path(item))

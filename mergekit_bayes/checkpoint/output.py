@@ -22,11 +22,12 @@ _POLL = 0.05  # seconds between two looks at what another process has done
 
 
 class OutputFolder:
-    """The folder a merge writes to; a context manager around the work.
+    """The folder a merge or a training run writes to; a context manager around the work.
 
     Files are written to `staging`, beside the target; `publish` puts them in place with a rename. Leaving the
     context without it keeps what was finished, so that the same job can continue later. Only an error that
-    the same job would meet again, an unreadable input or illegal numbers, throws it away.
+    the same job would meet again, an unreadable input or illegal numbers, throws it away, and not even that if
+    what was finished is `precious`.
 
     Several processes may share one output: the leader alone locks, clears and publishes; the others call
     `wait_ready` first.
@@ -35,19 +36,30 @@ class OutputFolder:
         path: the folder to publish; it and its parents need not exist, symbolic links are followed.
         overwrite: whether everything in a folder that is not empty may be replaced.
         inputs: files and folders the merge reads; the output may neither contain nor lie inside one.
-        job: identity of the merge; must differ wherever the bytes to be written could.
+        job: identity of the work; must differ wherever what was finished would be of no use.
         leader: whether this process is the one that prepares and publishes.
+        precious: keep what was finished after every error: hours of training, not seconds of arithmetic.
 
     Raises:
         OutputError: the path can never be an output folder.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool, inputs: Sequence[Path], job: str, leader: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        overwrite: bool,
+        inputs: Sequence[Path],
+        job: str,
+        leader: bool = True,
+        precious: bool = False,
+    ) -> None:
         self.target = resolve_target(path)
         self.overwrite = overwrite
         self.inputs = tuple(inputs)
         self.job = job
         self.leader = leader
+        self.precious = precious
         self._work = WorkFolder(self.target)
         self._made: list[Path] = []
 
@@ -123,7 +135,7 @@ class OutputFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         hopeless = isinstance(error, _HOPELESS) and not isinstance(error, OutputError)
-        self._leave(keep=not hopeless)
+        self._leave(keep=self.precious or not hopeless)
 
     def wait_ready(self, timeout: float) -> None:
         """Wait, in a process that is not the leader, until the leader has prepared the staging folder.
@@ -155,6 +167,14 @@ class OutputFolder:
         if files is None:
             files = (item,) if (self.staging / item).is_file() else ()
         self._work.journal.add(item, record, files)
+
+    def forget(self, item: str) -> None:
+        """Delete a finished item and its files; one that was never finished is fine.
+
+        Raises:
+            OutputError: the disk failed.
+        """
+        self._work.journal.remove(item)
 
     def wait_finished(self, items: Iterable[str], timeout: float) -> None:
         """Wait until every one of `items` is finished, by whichever process.

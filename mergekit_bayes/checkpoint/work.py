@@ -3,8 +3,8 @@
 It stands beside the target, so that a rename can publish it, and is called `.<name>.partial`:
 
     mergekit_bayes.lock   locked while a process works here; also marks the folder as ours
-    job                   which merge this is; anything begun for another one is thrown away
-    ready                 written when other processes of the same merge may begin
+    job                   which work this is; anything begun for another one is thrown away
+    ready                 written when other processes of the same work may begin
     journal/              one small file per finished item
     staging/              the files as they will be published
     replaced/             the former content of the target, while it is being replaced

@@ -10,8 +10,8 @@ import pytest
 from mergekit_bayes.checkpoint.output import OutputFolder
 
 
-def output_at(path: Path, *, overwrite: bool = False, job: str = "1", leader: bool = True) -> OutputFolder:
-    return OutputFolder(path, overwrite=overwrite, inputs=[], job=job, leader=leader)
+def output_at(path: Path, *, overwrite: bool = False, job: str = "1", **options: bool) -> OutputFolder:
+    return OutputFolder(path, overwrite=overwrite, inputs=[], job=job, **options)
 
 
 def publish(path: Path, files: dict[str, str], **options: object) -> None:
@@ -31,11 +31,11 @@ def work_on(
     done: Mapping[str, dict[str, object]],
     half: Sequence[str] = (),
     stop: BaseException | None = None,
-    overwrite: bool = False,
     job: str = "1",
+    **options: bool,
 ) -> None:
     """Finish the items of `done`, begin those of `half`, and end by an exception, or by just leaving."""
-    with output_at(path, overwrite=overwrite, job=job) as output:
+    with output_at(path, job=job, **options) as output:
         for item, record in done.items():
             (output.staging / item).write_text(f"{item} of job {job}")
             output.finish(item, record)

@@ -228,6 +228,30 @@ def test_nothing_is_kept_where_nothing_was_finished(tmp_path: Path, stop: type[B
     assert list((tmp_path / "here").iterdir()) == []
 
 
+@pytest.mark.parametrize("stop", [NonFiniteError, RecipeError, KeyboardInterrupt])
+def test_what_is_precious_survives_every_error(tmp_path: Path, stop: type[BaseException]) -> None:
+    with pytest.raises(stop):
+        work_on(tmp_path / "out", done={"a": {}}, stop=stop("bad input"), precious=True)
+    with output_at(tmp_path / "out") as output:
+        assert output.finished("a") == {}
+
+
+def test_a_forgotten_item_is_gone_with_its_files_and_their_folders(tmp_path: Path) -> None:
+    with output_at(tmp_path / "out") as output:
+        for name in ("deep/one/x", "deep/two/x"):
+            (output.staging / name).parent.mkdir(parents=True)
+            (output.staging / name).write_text(name)
+            output.finish(name, {}, files=[name])
+        output.forget("deep/one/x")
+        output.forget("never finished")
+        assert output.finished("deep/one/x") is None
+        assert output.finished("deep/two/x") == {}
+        assert [path.name for path in (output.staging / "deep").iterdir()] == ["two"]
+        output.forget("deep/two/x")
+        assert list(output.staging.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_job_starts_from_nothing(tmp_path: Path) -> None:
     leave_unfinished(tmp_path / "out", job="1")
     with output_at(tmp_path / "out", job="2") as output:
