@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal, TypeVar
 
 from mergekit_bayes.recipe.mergekit_words import DTYPES as SHORT_DTYPES
 from mergekit_bayes.recipe.mergekit_words import FALSE_WORDS, TRUE_WORDS
 from mergekit_bayes.recipe.method_schema import ParameterSchema
-from mergekit_bayes.recipe.problem import did_you_mean, refusal, show
+from mergekit_bayes.recipe.problem import Problem, Refusal, did_you_mean, problems_of, refusal, show
 from mergekit_bayes.recipe.scalar import Scalar, resolve_scalar
+from mergekit_bayes.recipe.spec import Entries
 
 T = TypeVar("T")
+K = TypeVar("K", str, int)
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 """The dtypes a recipe may name."""
@@ -57,6 +59,22 @@ def positive(value: object) -> float:
     if number(value) <= 0:
         raise refusal(f"expected a number above zero, found {show(value)}.")
     return number(value)
+
+
+def between(
+    low: float, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Callable[[object], float]:
+    """A finite number from `low` to `high`, both included; `above` and `below` exclude them."""
+
+    def check(value: object) -> float:
+        found = number(value)
+        if found < low or found > high or (above and found == low) or (below and found == high):
+            bounds = [f"{'above' if above else 'of at least'} {low:g}"]
+            bounds += [f"{'below' if below else 'at most'} {high:g}"] if math.isfinite(high) else []
+            raise refusal(f"expected a number {' and '.join(bounds)}, found {show(value)}.")
+        return found
+
+    return check
 
 
 def integer(minimum: int, maximum: int = 2**63 - 1) -> Callable[[object], int]:
@@ -113,6 +131,51 @@ def size(value: object) -> int:
     return value
 
 
+def stored_precision(value: object) -> str | Literal[False]:
+    """The dtype a sidecar is written as, or False for no sidecar."""
+    if value is False:
+        return False
+    try:
+        return choice("float32", "bfloat16", also={"bf16": "bfloat16", "fp32": "float32"})(value)
+    except Refusal as error:
+        raise refusal(str(error).replace("expected", "expected false,", 1)) from None
+
+
+def several(check: Callable[[object], T], *, empty: bool = False) -> Callable[[object], tuple[T, ...]]:
+    """A list of what `check` takes; of at least one unless `empty`."""
+
+    def check_all(value: object) -> tuple[T, ...]:
+        if not isinstance(value, list | tuple):
+            raise refusal(f"expected a list, found {show(value)}.")
+        if not value and not empty:
+            raise refusal("an empty list; leave the key out instead.")
+        found, problems = _each(check, enumerate(value))
+        if problems:
+            raise refusal(*problems)
+        return tuple(entry for _, entry in found)
+
+    return check_all
+
+
+def entries(check: Callable[[object], T]) -> Callable[[object], Entries[T]]:
+    """A mapping from names to what `check` takes; nothing is an empty one."""
+
+    def check_all(value: object) -> Entries[T]:
+        if value is None:
+            return Entries()
+        if not isinstance(value, Mapping):
+            raise refusal(f"expected a mapping of names, found {show(value)}.")
+        for key in value:
+            if not isinstance(key, str):
+                raise refusal(f"a key is text, found {show(key)}.")
+        found, problems = _each(check, value.items())
+        if problems:
+            raise refusal(*problems)
+        return Entries(tuple(found))
+
+    return check_all
+
+
 def optional(check: Callable[[object], T]) -> Callable[[object], T | None]:
     """Nothing, or what `check` takes."""
     return lambda value: None if value is None else check(value)
@@ -150,6 +213,17 @@ _TYPES: Mapping[type, Callable[[object], Scalar]] = {
     bool: boolean,
     str: text,
 }
+
+
+def _each(check: Callable[[object], T], items: Iterable[tuple[K, object]]) -> tuple[list[tuple[K, T]], list[Problem]]:
+    found: list[tuple[K, T]] = []
+    problems: list[Problem] = []
+    for key, entry in items:
+        try:
+            found.append((key, check(entry)))
+        except Refusal as error:
+            problems += problems_of(error, key)
+    return found, problems
 
 
 def _one_of(options: tuple[str, ...]) -> str:
