@@ -13,6 +13,7 @@
     |-- NumericalError               numbers that no posterior can have
     |   |-- NonFiniteError             NaN or infinity
     |   `-- NonPositivePrecisionError  a precision that is zero or negative
+    |-- DataError                    rows to learn from that cannot be read or do not fit the model
     |-- FinetuneError              training, or its optimizer, was asked for something that makes no sense
     |-- EvaluateError              a prediction or its score was asked for something that makes no sense
     |-- PeerError                    another process of the same work failed
@@ -85,6 +86,10 @@ class NonFiniteError(NumericalError):
 
 class NonPositivePrecisionError(NumericalError):
     """A precision that is zero or negative; the message gives the share of entries."""
+
+
+class DataError(MergekitBayesError):
+    """Training or evaluation data that cannot be read or does not fit the model; the message names file and line."""
 
 
 class FinetuneError(MergekitBayesError):
