@@ -14,6 +14,7 @@
     |   |-- NonFiniteError             NaN or infinity
     |   `-- NonPositivePrecisionError  a precision that is zero or negative
     |-- DataError                    rows to learn from that cannot be read or do not fit the model
+    |-- ModelError                   a model cannot be loaded, adapted or quantised as asked
     |-- FinetuneError              training, or its optimizer, was asked for something that makes no sense
     |-- EvaluateError              a prediction or its score was asked for something that makes no sense
     |-- PeerError                    another process of the same work failed
@@ -90,6 +91,10 @@ class NonPositivePrecisionError(NumericalError):
 
 class DataError(MergekitBayesError):
     """Training or evaluation data that cannot be read or does not fit the model; the message names file and line."""
+
+
+class ModelError(MergekitBayesError):
+    """A model that cannot be loaded into memory, quantised or adapted as asked."""
 
 
 class FinetuneError(MergekitBayesError):
