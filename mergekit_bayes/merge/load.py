@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, overload
 
 from mergekit_bayes import recipe as recipes
 from mergekit_bayes.errors import CheckpointError, PlanError
@@ -18,23 +18,41 @@ if TYPE_CHECKING:
     from mergekit_bayes.checkpoint.reader import BlockReader
     from mergekit_bayes.posterior import Posterior
 
+R = TypeVar("R", bound=recipes.Recipe)
+
+
+@overload
+def load_recipe(
+    source: str | os.PathLike[str] | Mapping[str, object], *, overrides: Sequence[str] = ...
+) -> recipes.AnyRecipe: ...
+
+
+@overload
+def load_recipe(
+    source: str | os.PathLike[str] | Mapping[str, object], *, expect: type[R], overrides: Sequence[str] = ...
+) -> R: ...
+
 
 def load_recipe(
-    source: str | os.PathLike[str] | Mapping[str, object], *, overrides: Sequence[str] = ()
-) -> recipes.MergeRecipe:
-    """Read and check a recipe against the registered methods; no model is opened.
+    source: str | os.PathLike[str] | Mapping[str, object],
+    *,
+    expect: type[recipes.Recipe] = recipes.Recipe,
+    overrides: Sequence[str] = (),
+) -> recipes.Recipe:
+    """Read and check a recipe, a merge against the registered methods; no model is opened.
 
     Args:
         source: path of a recipe, or its content as a dictionary.
+        expect: the recipe's class, for callers that take recipes of one kind only.
         overrides: `key.path=value` settings that are applied before checking.
 
     Returns:
-        The validated recipe.
+        The validated recipe, of the class that belongs to its kind.
 
     Raises:
         RecipeError: every problem at once, each with file, line, column and key.
     """
-    return recipes.load_recipe(source, methods=method_schemas(), overrides=overrides)
+    return recipes.load_recipe(source, expect=expect, methods=method_schemas(), overrides=overrides)
 
 
 class ModelPosterior(Mapping[str, "Posterior"]):

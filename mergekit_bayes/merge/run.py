@@ -23,7 +23,7 @@ from mergekit_bayes.merge.processes import Processes
 from mergekit_bayes.merge.provenance import REPORT_NAME
 from mergekit_bayes.merge.schemas import method_schemas
 from mergekit_bayes.merge.steps import Unit
-from mergekit_bayes.recipe import load_recipe
+from mergekit_bayes.recipe import MergeRecipe, load_recipe
 
 COMPILE_FROM_BYTES = 24 << 30
 """From this much work on, fusing the arithmetic saves more time than the compiler takes."""
@@ -89,7 +89,7 @@ def merge(
         PlanError: recipe and inputs do not fit; every problem at once.
         MergekitBayesError: illegal numbers, unreadable input, no space. Nothing existing was touched.
     """
-    loaded = load_recipe(recipe, methods=method_schemas())
+    loaded = load_recipe(recipe, expect=MergeRecipe, methods=method_schemas())
     folder = None if isinstance(recipe, Mapping) else Path(recipe).resolve().parent
     plan = plan_merge(loaded, None if out is None else Path(out), recipe_dir=folder)
     return run_merge(plan, overwrite=overwrite, device=device, threads=threads)

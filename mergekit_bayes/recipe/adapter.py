@@ -99,6 +99,8 @@ def adapter_mapping(value: object) -> object:
     """The section written out; `lora` is one with PEFT's defaults."""
     if isinstance(value, str) and value.lower() == "lora":
         return {}
+    if isinstance(value, str):
+        raise refusal(f"found {show(value)}; training starts from new factors, an adapter is not continued.")
     if value is not None and not isinstance(value, AdapterSpec | Mapping):
         raise refusal(f"expected a mapping such as `{{r: 8}}`, or nothing to train all weights, found {show(value)}.")
     return value

@@ -85,7 +85,7 @@ def _labels(value: object) -> tuple[str, ...] | None:
     return labels
 
 
-def _datasets(value: object) -> object:
+def dataset_mappings(value: object) -> list[object]:
     """A list of mappings, also where one mapping or one path stands for it."""
     if isinstance(value, str | os.PathLike | Mapping | DatasetSpec):
         value = [value]
@@ -97,7 +97,7 @@ def _datasets(value: object) -> object:
 
 
 def _training_sets(value: object) -> object:
-    found = _datasets(value)
+    found = dataset_mappings(value)
     if not found:
         raise refusal("found no data set; training needs at least one.")
     return found
@@ -145,7 +145,7 @@ class DataSpec(Spec):
     """
 
     train: Annotated[tuple[DatasetSpec, ...], BeforeValidator(_training_sets)]
-    eval: Annotated[tuple[DatasetSpec, ...], BeforeValidator(_datasets)] = ()
+    eval: Annotated[tuple[DatasetSpec, ...], BeforeValidator(dataset_mappings)] = ()
     eval_fraction: Annotated[float | None, checked(field.optional(field.between(0, 1, above=True, below=True)))] = None
     max_length: Annotated[int, checked(field.integer(2))] = 1024
     long_rows: Annotated[Literal["truncate", "drop", "refuse"], checked(_long_rows)] = "truncate"
@@ -156,6 +156,14 @@ class DataSpec(Spec):
     labels: Annotated[tuple[str, ...] | None, checked(_labels)] = None
 
     def without_effect(self) -> frozenset[str]:
-        """Plain text and labelled text have no completions."""
-        whole = all(dataset.format in ("text", "labelled") for dataset in self.train)
-        return frozenset({"completion_only_loss"}) if whole else frozenset()
+        """Plain text has no completions, and is cut into rows that fit when it is packed."""
+        if any(dataset.format != "text" for dataset in self.train):
+            return frozenset()
+        return frozenset({"completion_only_loss", "long_rows"} if self.packing else {"completion_only_loss"})
+
+
+def data_mapping(value: object) -> object:
+    """The section, refused where only a data set is written in its place."""
+    if isinstance(value, str | list | tuple):
+        raise refusal(f"expected a mapping of keys, found {show(value)}. Write `data: {{train: ...}}`.")
+    return {} if value is None else value

@@ -12,9 +12,18 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from mergekit_bayes.recipe.scalar import resolve_scalar
 
+_LINE = 90
+"""Characters of a mapping that still goes on one line."""
+
 
 class _Representer(SafeRepresenter):
-    """Scalars so that our own reader takes them for what they are; short lists on one line."""
+    """Scalars so that our own reader takes them for what they are; short lists and mappings on one line."""
+
+    def represent_mapping(self, tag: Any, mapping: Any, flow_style: Any = None) -> Any:
+        node = super().represent_mapping(tag, mapping, flow_style=flow_style)
+        if node.flow_style and sum(len(key.value) + len(value.value) + 4 for key, value in node.value) > _LINE:
+            node.flow_style = False
+        return node
 
 
 _WORD = re.compile(r"[A-Za-z0-9_./~][A-Za-z0-9_./~@+-]{0,250}")

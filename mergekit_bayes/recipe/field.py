@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 from mergekit_bayes.recipe.mergekit_words import DTYPES as SHORT_DTYPES
 from mergekit_bayes.recipe.mergekit_words import FALSE_WORDS, TRUE_WORDS
 from mergekit_bayes.recipe.method_schema import ParameterSchema
-from mergekit_bayes.recipe.problem import Problem, Refusal, did_you_mean, problems_of, refusal, show
+from mergekit_bayes.recipe.problem import Problem, Refusal, did_you_mean, one_of, problems_of, refusal, show
 from mergekit_bayes.recipe.scalar import Scalar, resolve_scalar
 from mergekit_bayes.recipe.spec import Entries
 
@@ -111,7 +111,7 @@ def choice(*options: str, also: Mapping[str, str] | None = None) -> Callable[[ob
         word = value if isinstance(value, str) else ""
         meant = (also or {}).get(word.lower())
         hint = f" Did you mean `{meant}`?" if meant else did_you_mean(word, options)
-        raise refusal(f"expected {_one_of(options)}, found {show(value)}.{hint}")
+        raise refusal(f"expected {one_of(options)}, found {show(value)}.{hint}")
 
     return check
 
@@ -224,11 +224,6 @@ def _each(check: Callable[[object], T], items: Iterable[tuple[K, object]]) -> tu
         except Refusal as error:
             problems += problems_of(error, key)
     return found, problems
-
-
-def _one_of(options: tuple[str, ...]) -> str:
-    quoted = [f"`{option}`" for option in options]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 
 
 def _unquote(value: object) -> str:

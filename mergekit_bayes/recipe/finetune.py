@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field
 
 from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.adapter import AdapterSpec, adapter_mapping
-from mergekit_bayes.recipe.data import DatasetSpec, DataSpec
+from mergekit_bayes.recipe.data import DatasetSpec, DataSpec, data_mapping
 from mergekit_bayes.recipe.model import ModelSpec, model_mapping
 from mergekit_bayes.recipe.optimizer import AdamWSpec, IvonSpec, OptimizerSpec
 from mergekit_bayes.recipe.spec import Recipe, Spec, checked, empty_if_nothing
@@ -74,7 +74,7 @@ class FinetuneRecipe(Recipe):
     kind: Literal["finetune"] = "finetune"
     model: Annotated[ModelSpec, BeforeValidator(model_mapping)]
     adapter: Annotated[AdapterSpec | None, BeforeValidator(adapter_mapping)] = None
-    data: Annotated[DataSpec, BeforeValidator(empty_if_nothing)]
+    data: Annotated[DataSpec, BeforeValidator(data_mapping)]
     optimizer: OptimizerSpec = Field(default_factory=IvonSpec)
     training: Annotated[TrainingSpec, BeforeValidator(empty_if_nothing)] = Field(default_factory=TrainingSpec)
     output: Annotated[FinetuneOutputSpec, BeforeValidator(empty_if_nothing)] = Field(default_factory=FinetuneOutputSpec)

@@ -14,27 +14,20 @@ Each class is one mapping of the recipe and each field one key; unknown keys are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    PrivateAttr,
-    ValidationInfo,
-)
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo
 
 from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.mergekit_words import METHODS
 from mergekit_bayes.recipe.method_schema import MethodSchema, find_method, method_words
 from mergekit_bayes.recipe.parameters import Parameters, parse_parameters
-from mergekit_bayes.recipe.problem import KeyPath, Places, Problem, Refusal, did_you_mean, refusal, show
+from mergekit_bayes.recipe.problem import did_you_mean, refusal, show
 from mergekit_bayes.recipe.reference import model_reference
 from mergekit_bayes.recipe.scalar import Scalar
+from mergekit_bayes.recipe.spec import Recipe, Spec, checked, empty_if_nothing
 
 DType: TypeAlias = Literal["bfloat16", "float16", "float32", "float64"]
 
@@ -86,19 +79,6 @@ def _prior(value: object) -> float | str | None:
     return field.positive(value) if isinstance(value, int | float) else field.text(value)
 
 
-def _stored_precision(value: object) -> str | Literal[False]:
-    if value is False:
-        return False
-    try:
-        return field.choice("float32", "bfloat16", also={"bf16": "bfloat16", "fp32": "float32"})(value)
-    except Refusal as error:
-        raise refusal(str(error).replace("expected", "expected false,", 1)) from None
-
-
-def _empty_if_nothing(value: object) -> object:
-    return {} if value is None else value
-
-
 def _models(value: object) -> object:
     if not isinstance(value, list | tuple):
         raise refusal(f"expected a list of models, each `- model: ...`, found {show(value)}.")
@@ -107,15 +87,7 @@ def _models(value: object) -> object:
     return value
 
 
-def _is(check: Callable[[Any], object]) -> PlainValidator:
-    return PlainValidator(check)
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SourceSpec(_Frozen):
+class SourceSpec(Spec):
     """One input of a merge.
 
     Attributes:
@@ -125,12 +97,12 @@ class SourceSpec(_Frozen):
             the same precision everywhere, or False to ignore a sidecar.
     """
 
-    model: Annotated[str, _is(model_reference)]
+    model: Annotated[str, checked(model_reference)]
     parameters: Annotated[Parameters, PlainValidator(_source_parameters)] = Parameters()
-    precision: Annotated[str | float | Literal[False] | None, _is(_source_precision)] = None
+    precision: Annotated[str | float | Literal[False] | None, checked(_source_precision)] = None
 
 
-class PrecisionSpec(_Frozen):
+class PrecisionSpec(Spec):
     """Precisions that are not the sources' own.
 
     Attributes:
@@ -140,11 +112,11 @@ class PrecisionSpec(_Frozen):
             error.
     """
 
-    prior: Annotated[float | str | None, _is(_prior)] = None
-    floor: Annotated[float | None, _is(field.optional(field.positive))] = None
+    prior: Annotated[float | str | None, checked(_prior)] = None
+    floor: Annotated[float | None, checked(field.optional(field.positive))] = None
 
 
-class OutputSpec(_Frozen):
+class OutputSpec(Spec):
     """What is written.
 
     Attributes:
@@ -154,13 +126,13 @@ class OutputSpec(_Frozen):
         precision: dtype of the merged sidecar, False for none.
     """
 
-    path: Annotated[str | None, _is(field.optional(field.text))] = None
-    max_shard_size: Annotated[int, _is(field.size)] = 5 * 10**9
-    rank: Annotated[int | None, _is(field.optional(field.integer(1)))] = None
-    precision: Annotated[Literal["float32", "bfloat16", False], _is(_stored_precision)] = "float32"
+    path: Annotated[str | None, checked(field.optional(field.text))] = None
+    max_shard_size: Annotated[int, checked(field.size)] = 5 * 10**9
+    rank: Annotated[int | None, checked(field.optional(field.integer(1)))] = None
+    precision: Annotated[Literal["float32", "bfloat16", False], checked(field.stored_precision)] = "float32"
 
 
-class MergeRecipe(_Frozen):
+class MergeRecipe(Recipe):
     """Everything a merge was asked for. Made by `load_recipe`, which also knows the methods.
 
     Attributes:
@@ -180,21 +152,19 @@ class MergeRecipe(_Frozen):
 
     kind: Literal["merge"] = "merge"
     merge_method: Annotated[str, PlainValidator(_merge_method)]
-    base_model: Annotated[str | None, _is(field.optional(model_reference))] = None
+    base_model: Annotated[str | None, checked(field.optional(model_reference))] = None
     models: Annotated[tuple[SourceSpec, ...], BeforeValidator(_models)]
     parameters: Annotated[Parameters, PlainValidator(_shared_parameters)] = Parameters()
-    dtype: Annotated[DType | None, _is(field.optional(field.dtype))] = None
-    out_dtype: Annotated[DType | None, _is(field.optional(field.dtype))] = None
+    dtype: Annotated[DType | None, checked(field.optional(field.dtype))] = None
+    out_dtype: Annotated[DType | None, checked(field.optional(field.dtype))] = None
     space: Annotated[
         Literal["product", "factor", "full"] | None,
-        _is(field.optional(field.choice("product", "factor", "full"))),
+        checked(field.optional(field.choice("product", "factor", "full"))),
     ] = None
-    scale: Annotated[Literal["sum", "mean"], _is(field.choice("sum", "mean"))] = "sum"
-    precision: Annotated[PrecisionSpec, BeforeValidator(_empty_if_nothing)] = Field(default_factory=PrecisionSpec)
-    output: Annotated[OutputSpec, BeforeValidator(_empty_if_nothing)] = Field(default_factory=OutputSpec)
-    seed: Annotated[int, _is(field.integer(0))] = 0
-
-    _places: Places = PrivateAttr(default_factory=Places)
+    scale: Annotated[Literal["sum", "mean"], checked(field.choice("sum", "mean"))] = "sum"
+    precision: Annotated[PrecisionSpec, BeforeValidator(empty_if_nothing)] = Field(default_factory=PrecisionSpec)
+    output: Annotated[OutputSpec, BeforeValidator(empty_if_nothing)] = Field(default_factory=OutputSpec)
+    seed: Annotated[int, checked(field.integer(0))] = 0
 
     def setting(self, name: str, *, tensor_name: str, t: float, source: int | None = None) -> Scalar | None:
         """A parameter's value for one tensor: the source's own, else the recipe's; None when neither sets it.
@@ -209,46 +179,11 @@ class MergeRecipe(_Frozen):
         values = (scope.at(name, tensor_name, t) for scope in scopes)
         return next((value for value in values if value is not None), None)
 
-    def where(self, path: KeyPath = ()) -> str:
-        """`recipe.yaml:4:12`, the place of a value; its key path where the recipe is no file."""
-        return self._places.where(path)
 
-    def describe(self, path: KeyPath, message: str) -> str:
-        """A problem with one value, as the errors of `load_recipe` are written: place, key and message."""
-        return self._places.describe(Problem(path, message))
-
-    def placed(self, places: Places) -> MergeRecipe:
-        """The same recipe, knowing where it was written."""
-        copy = self.model_copy()
-        copy._places = places
-        return copy
-
-    def resolved(self) -> dict[str, object]:
-        """Plain data with every default filled in; `load_recipe` reads it back to an equal recipe."""
-        return _plain(self)
-
-
-def _plain(spec: BaseModel) -> dict[str, object]:
-    entries = {name: _plain_field(getattr(spec, name)) for name in type(spec).model_fields}
-    return {name: value for name, value in entries.items() if value is not None and value != {}}
-
-
-def _plain_field(value: object) -> object:
-    match value:
-        case BaseModel():
-            return _plain(value)
-        case Parameters():
-            return value.plain() or None
-        case tuple():
-            return [_plain_field(entry) for entry in value]
-        case _:
-            return value
-
-
-SPECS: Mapping[tuple[str, ...], type[BaseModel]] = {
+SPECS: Mapping[tuple[str, ...], type[Spec]] = {
     (): MergeRecipe,
     ("models",): SourceSpec,
     ("precision",): PrecisionSpec,
     ("output",): OutputSpec,
 }
-"""The model at each place of a recipe, by the names on the way to it."""
+"""The spec at each place of a recipe, by the names on the way to it."""

@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.method_schema import MethodSchema, ParameterSchema
 from mergekit_bayes.recipe.problem import Problem, Refusal, did_you_mean, problems_of, refusal, show
 from mergekit_bayes.recipe.scalar import Scalar
+from mergekit_bayes.recipe.spec import Entries
 from mergekit_bayes.recipe.value import Value, parse_value, plain_value, value_at
 
 
-@dataclass(frozen=True, eq=False)
-class Parameters(Mapping[str, Value]):
+class Parameters(Entries[Value]):
     """An immutable mapping from parameter names to values, in the order of the recipe."""
-
-    entries: tuple[tuple[str, Value], ...] = ()
-
-    def __getitem__(self, name: str) -> Value:
-        for key, value in self.entries:
-            if key == name:
-                return value
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
 
     def at(self, name: str, tensor_name: str, t: float) -> Scalar | None:
         """The parameter's value for one tensor; None when it is not set or no filter matches the tensor."""

@@ -74,18 +74,36 @@ class Places:
         values: the place of each value.
         keys: the place of each key.
         overrides: the paths that `--set` replaced.
+        data: the recipe as written, which says where a list of one or a section of one key was written in short.
     """
 
     name: str | None = field(default=None, compare=False)
     values: Mapping[KeyPath, Location] = field(default_factory=dict, compare=False)
     keys: Mapping[KeyPath, Location] = field(default_factory=dict, compare=False)
     overrides: tuple[KeyPath, ...] = field(default=(), compare=False)
+    data: object = field(default=None, compare=False)
+
+    def as_written(self, path: KeyPath) -> KeyPath:
+        """The path without the steps that the recipe left out: `data.train[0].path` may be just `data.train`."""
+        node, written = self.data, list[str | int]()
+        for step in path:
+            if isinstance(node, Mapping):
+                if isinstance(step, int):
+                    continue
+                node = node.get(step)
+            elif isinstance(node, list | tuple):
+                node = node[step] if isinstance(step, int) and step < len(node) else None
+            elif node is not None:
+                break
+            written.append(step)
+        return tuple(written)
 
     def where(self, path: KeyPath, *, at_key: bool = False) -> str:
         """`recipe.yaml:4:12`, `--set models[0].weight`, or the key's path for a recipe without a file.
 
         A key that is not there is placed at the innermost mapping or list around it that is.
         """
+        path = self.as_written(path)
         override = self.override_of(path)
         if override is not None:
             return f"--set {format_path(override)}"
@@ -108,7 +126,7 @@ class Places:
 
     def describe(self, problem: Problem) -> str:
         """The line a user reads: place, two spaces, path of the key, message."""
-        path = format_path(problem.path)
+        path = format_path(self.as_written(problem.path))
         place = self.where(problem.path, at_key=problem.at_key)
         if place in (path, f"--set {path}"):
             return f"{place}: {problem.message}" if place else problem.message
@@ -120,8 +138,8 @@ class Places:
         return list(dict.fromkeys(self.describe(problem) for problem in ordered))
 
     def _order(self, problem: Problem) -> tuple[bool, Location]:
-        overridden = self.override_of(problem.path) is not None
-        return overridden, self.location(problem.path, at_key=problem.at_key)
+        path = self.as_written(problem.path)
+        return self.override_of(path) is not None, self.location(path, at_key=problem.at_key)
 
 
 def format_path(path: Sequence[str | int]) -> str:
@@ -137,6 +155,12 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     options = {option.lower(): option for option in valid}
     near = difflib.get_close_matches(name[:80].lower(), options, n=1, cutoff=0.6)
     return f" Did you mean `{options[near[0]]}`?" if near else ""
+
+
+def one_of(options: Iterable[str], last: str = "or") -> str:
+    """The options, each in backquotes, as a message lists them: `a`, `b` or `c`."""
+    quoted = [f"`{option}`" for option in options]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} {last} {quoted[-1]}"
 
 
 def show(value: object) -> str:
