@@ -1,0 +1,73 @@
+"""What happens between two rows of the log: mean loss, speed, remaining time."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mergekit_bayes.finetune.feed import StepData
+    from mergekit_bayes.finetune.step import StepResult
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """Adds up steps without waiting for the accelerator; only `read` does.
+
+    Args:
+        accelerator: adds the processes' sums.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began = time.monotonic()
+        self._loss: torch.Tensor | None = None
+        self._norm: torch.Tensor | None = None
+        self._units = self._tokens = self._steps = self._skipped = 0
+
+    def add(self, result: StepResult, data: StepData) -> None:
+        """Takes note of one step; a skipped one counts for the speed only."""
+        self._steps += 1
+        self._tokens += data.tokens
+        if result.skipped:
+            self._skipped += 1
+            return
+        self._units += data.units
+        self._loss = result.loss if self._loss is None else self._loss + result.loss
+        self._norm = result.grad_norm
+
+    def pause(self, seconds: float) -> None:
+        """Leaves time out of the speed that was spent on something else."""
+        self._began += seconds
+
+    def read(self, *, steps_left: int) -> tuple[dict[str, float], int, float]:
+        """Returns a row of values, tokens seen by all processes and seconds, all since the last reading.
+
+        Every process must call this at the same step.
+
+        Args:
+            steps_left: of the run.
+        """
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        own = torch.tensor([0.0, self._tokens], dtype=torch.float64)
+        if self._loss is not None:
+            own[0] = float(self._loss)
+        device = self._accelerator.device
+        loss, tokens = self._accelerator.reduce(own.to(device), "sum").tolist()
+        row: dict[str, float] = {"skipped": self._skipped} if self._skipped else {}
+        if self._units:
+            row["loss"] = loss / self._units
+        if self._norm is not None:
+            row["grad_norm"] = float(self._norm)
+        row["tokens_per_second"] = tokens / seconds
+        row["seconds_left"] = seconds / max(self._steps, 1) * steps_left
+        self._reset()
+        return row, int(tokens), seconds
