@@ -21,13 +21,13 @@ def exit_codes(*, interrupted: str = "interrupted") -> Iterator[None]:
     Any other exception is a bug and keeps its traceback.
 
     Args:
-        interrupted: what to say after Ctrl-C.
+        interrupted: what to say after Ctrl-C, unless the interrupt itself says more.
     """
     try:
         yield
     except MergekitBayesError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(REFUSED) from None
-    except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{str(interrupt) or interrupted}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

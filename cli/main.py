@@ -16,12 +16,15 @@ from typing import Annotated
 import typer
 
 from .inspect import inspect
-from .merge import merge
 from .methods import methods
 from .plan import plan
+from .run import run
 
-VERBS: dict[str, Callable[..., None]] = {"merge": merge, "plan": plan, "methods": methods, "inspect": inspect}
-"""Every verb and its function; any other first word is the recipe of a merge."""
+VERBS: dict[str, Callable[..., None]] = {"run": run, "plan": plan, "methods": methods, "inspect": inspect}
+"""Every verb and its function; any other first word is a recipe to run."""
+
+KINDS = ("merge", "finetune", "precision", "preview", "evaluate")
+"""Kinds of recipe, which are no verbs."""
 
 app = typer.Typer(
     name="bayes-merge",
@@ -44,13 +47,13 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback(epilog="`bayes-merge RECIPE [OUT]` is short for `bayes-merge merge RECIPE [OUT]`.")
+@app.callback(epilog="`bayes-merge RECIPE [OUT]` is short for `bayes-merge run RECIPE [OUT]`.")
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Merge fine-tuned models as posteriors: a mean and a precision for every weight."""
+    """Fine-tune and merge models as posteriors: a mean and a precision for every weight."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,12 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given and given[0] not in (*VERBS, "-h", "--help", "--version"):
         _refuse_misspelt_verb(given[0])
-        given.insert(0, "merge")
+        given.insert(0, "run")
     app(given, prog_name="bayes-merge")
 
 
 def _refuse_misspelt_verb(word: str) -> None:
+    if Path(word).exists():
+        return
     near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.7)
-    if near and not Path(word).exists():
-        print(f"{word}: no such recipe. Did you mean `bayes-merge {near[0]}`?", file=sys.stderr)
-        raise SystemExit(2)
+    if word in KINDS:
+        hint = "The recipe itself says its kind: `bayes-merge RECIPE [OUT]`."
+    elif near:
+        hint = f"Did you mean `bayes-merge {near[0]}`?"
+    else:
+        return
+    print(f"{word}: no such recipe. {hint}", file=sys.stderr)
+    raise SystemExit(2)

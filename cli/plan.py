@@ -1,29 +1,57 @@
-"""`bayes-merge plan RECIPE [OUT]`: what a merge would do, from headers alone."""
+"""`bayes-merge plan RECIPE [OUT]`: what a recipe would do, without doing it."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .arguments import Changes, Out, Recipe, load
+from .arguments import Changes, Out, Recipe, given_only, load, refuse_options
 from .failure import exit_codes
+
+if TYPE_CHECKING:
+    from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe
 
 
 def plan(
     recipe: Recipe,
     out: Out = None,
     *,
-    steps: Annotated[bool, typer.Option("--steps/--no-steps", help="List every tensor.")] = True,
+    steps: Annotated[
+        bool | None,
+        typer.Option("--steps/--no-steps", help="List every tensor of a merge.", show_default="steps"),
+    ] = None,
     changes: Changes = None,
 ) -> None:
-    """Show what a merge would read, do and write, from headers alone.
+    """Show what a recipe would read, do and write.
 
-    Whatever recipe and headers show to be impossible is refused here, all of it at once.
+    Whatever a recipe and, for a merge, the headers of its inputs show to be impossible is refused here, all of it
+    at once.
     """
     with exit_codes():
-        from mergekit_bayes.merge.plan import plan_merge
-        from mergekit_bayes.merge.plan_text import plan_text
-
         checked = load(recipe, changes)
-        print(plan_text(plan_merge(checked, out, recipe_dir=recipe.parent), steps=steps))
+        print(_PLANS[checked.kind](checked, out, given_only(steps=steps)))
+
+
+def _merge(recipe: MergeRecipe, out: Path | None, options: Mapping[str, Any]) -> str:
+    from mergekit_bayes.merge.plan import plan_merge
+    from mergekit_bayes.merge.plan_text import plan_text
+
+    return plan_text(plan_merge(recipe, out, recipe_dir=recipe.folder), **{"steps": True, **options})
+
+
+def _finetune(recipe: FinetuneRecipe, out: Path | None, options: Mapping[str, Any]) -> str:
+    refuse_options(recipe.kind, options, "it has no list of tensors.")
+    if out is not None:
+        output = recipe.output.model_copy(update={"path": str(out)})
+        recipe = recipe.model_copy(update={"output": output})
+
+    from mergekit_bayes.finetune.run import describe
+
+    return describe(recipe)
+
+
+_PLANS: Mapping[str, Callable[[Any, Path | None, Mapping[str, Any]], str]] = {"merge": _merge, "finetune": _finetune}
+"""What describes the recipes of each kind."""

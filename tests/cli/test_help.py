@@ -30,8 +30,8 @@ def test_every_text_belongs_to_a_verb() -> None:
     assert {path.stem for path in FOLDER.glob("*.txt")} == {"bayes-merge", *VERBS}
 
 
-def test_help_after_a_recipe_is_that_of_merge(command: Command) -> None:
-    assert command("recipe.yaml", "--help") == command("merge", "--help")
+def test_help_after_a_recipe_is_that_of_run(command: Command) -> None:
+    assert command("recipe.yaml", "--help") == command("run", "--help")
 
 
 def test_without_arguments_the_help_is_shown(command: Command) -> None:

@@ -41,7 +41,7 @@ def recipe(tmp_path: Path, tiny_checkpoint: TinyCheckpoints) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["merge", "--help"], ["--version"], ["methods"], ["methods", "fisher"]]
+    "arguments", [["--help"], ["run", "--help"], ["--version"], ["methods"], ["methods", "fisher"]]
 )
 def test_nothing_heavy_is_imported_to_answer_questions(arguments: list[str]) -> None:
     done = start(*arguments, program=PROGRAM)

@@ -95,7 +95,10 @@ def test_the_last_of_several_wins() -> None:
             " (while parsing a flow node).",
         ),
         ("seed=&a 1", "--set seed:1:1  anchor `&a`: recipes have no anchors and aliases; write the value out."),
-        ("kind=preview", "--set kind: recipes of kind `preview` are not in this version; it runs `merge`."),
+        (
+            "kind=preview",
+            "--set kind: recipes of kind `preview` are not in this version; it runs `merge` and `finetune`.",
+        ),
     ],
 )
 def test_what_cannot_be_set_is_refused(override: str, message: str) -> None:

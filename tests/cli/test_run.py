@@ -51,7 +51,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("arguments", [("r.yaml", "out"), ("merge", "r.yaml", "out"), ("--quiet", "r.yaml", "out")])
+@pytest.mark.parametrize("arguments", [("r.yaml", "out"), ("run", "r.yaml", "out"), ("--quiet", "r.yaml", "out")])
 def test_the_first_word_may_be_the_recipe(command: Command, calls: dict[str, Any], arguments: tuple[str, ...]) -> None:
     assert command(*arguments).code == 0
     assert calls["recipe"].merge_method == "linear"
@@ -77,8 +77,7 @@ def test_a_process_that_does_not_lead_prints_nothing(command: Command, calls: di
 
 def test_options_have_defaults_that_let_the_library_choose(command: Command, calls: dict[str, Any]) -> None:
     command("r.yaml", "out")
-    expected = {"overwrite": False, "device": "cpu", "threads": None, "max_memory": None, "compile": None}
-    assert calls["options"] == {**expected, "progress": False}  # no bar where standard error is no terminal
+    assert calls["options"] == {"overwrite": False, "progress": False}  # no bar where standard error is no terminal
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_an_output_folder_is_needed(command: Command, calls: dict[str, Any]) -> 
         (["r.yaml", "out", "--max-memory", "many"], 'found "many"'),
         (["r.yaml", "out", "--overwrit"], "--overwrit"),
         (["r.yaml", "out", "extra"], "extra"),
-        (["merge"], "recipe"),
+        (["run"], "recipe"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )
@@ -142,6 +141,8 @@ def test_a_wrong_command_line_is_refused(
     [
         ("plna", "plna: no such recipe. Did you mean `bayes-merge plan`?\n"),
         ("inspct", "inspct: no such recipe. Did you mean `bayes-merge inspect`?\n"),
+        ("merge", "merge: no such recipe. The recipe itself says its kind: `bayes-merge RECIPE [OUT]`.\n"),
+        ("finetune", "finetune: no such recipe. The recipe itself says its kind: `bayes-merge RECIPE [OUT]`.\n"),
         ("none.yaml", "none.yaml: cannot read the recipe: No such file or directory\n"),
     ],
 )
