@@ -1,0 +1,122 @@
+"""Texts as tokens: plain texts, prompts with completions, and texts to classify."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mergekit_bayes.data.rows import Encoded, Tokens
+from mergekit_bayes.errors import DataError
+
+
+class TextEncoder:
+    """Turns texts into rows for a language model.
+
+    A row is what the tokenizer puts before a text (often a beginning-of-sequence token), the text, and the
+    end-of-sequence token.
+
+    Args:
+        tokenizer: of transformers.
+        append_eos: whether rows end with the end-of-sequence token.
+        whole: learn prompts too.
+
+    Attributes:
+        merged: prompts whose last token is another one when the completion follows.
+
+    Raises:
+        DataError: the tokenizer has no end-of-sequence token.
+    """
+
+    def __init__(self, tokenizer: Any, *, append_eos: bool, whole: bool) -> None:
+        if append_eos and tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no end-of-sequence token; expected one, or `data.append_eos: false`")
+        self._tokenizer, self._whole = tokenizer, whole
+        self._beginning = _beginning(tokenizer)
+        self._end: list[int] = [tokenizer.eos_token_id] if append_eos else []
+        self.merged = 0
+
+    def texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """Rows that are learned as a whole."""
+        return [self._row(tokens, 0) for tokens in self._tokens(texts)] if texts else []
+
+    def completions(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
+        """Rows of (prompt, completion) of which completions are learned.
+
+        Prompt and completion are tokenised as one text, which is how the model has met such text. Where the end of a
+        prompt forms a token with the beginning of its completion, that token is learned.
+        """
+        if not pairs:
+            return []
+        both = self._tokens([prompt + completion for prompt, completion in pairs])
+        prompts = self._tokens([prompt for prompt, _ in pairs])
+        return [self._row(tokens, self._shared(tokens, prompt)) for tokens, prompt in zip(both, prompts, strict=True)]
+
+    def _shared(self, tokens: Sequence[int], prompt: Sequence[int]) -> int:
+        same = next((i for i, (a, b) in enumerate(zip(tokens, prompt, strict=False)) if a != b), None)
+        self.merged += same is not None
+        return len(prompt) if same is None else same
+
+    def _row(self, tokens: list[int], learned_from: int) -> Encoded:
+        end = self._end if tokens[-1:] != self._end else []
+        ids = np.array([*self._beginning, *tokens, *end], dtype=np.int32)
+        learned_from = 0 if self._whole else learned_from + len(self._beginning)
+        return Encoded(ids, np.arange(len(ids)) >= max(1, learned_from))
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        tokens: list[list[int]] = encoded["input_ids"]
+        return tokens
+
+
+class LabelledEncoder:
+    """Turns texts, or pairs of texts, into rows for a classifier, with the special tokens its tokenizer gives them.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._typed = "token_type_ids" in tokenizer.model_input_names
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, *, max_length: int | None = None
+    ) -> list[Encoded]:
+        """Tokenises texts.
+
+        Args:
+            texts: to classify.
+            pairs: the second text of each; None where there are none.
+            max_length: cut longer rows to so many tokens, as the tokenizer cuts: special tokens stay, and of a pair
+                the longer text is cut first.
+        """
+        if not texts:
+            return []
+        options: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        encoded = self._tokenizer(
+            list(texts),
+            None if pairs is None else list(pairs),
+            return_attention_mask=False,
+            return_token_type_ids=self._typed,
+            verbose=False,
+            **options,
+        )
+        types = encoded["token_type_ids"] if self._typed else [None] * len(texts)
+        return [
+            Encoded(_ids(tokens), token_types=None if kinds is None else _ids(kinds))
+            for tokens, kinds in zip(encoded["input_ids"], types, strict=True)
+        ]
+
+
+def _ids(tokens: Sequence[int]) -> Tokens:
+    return np.array(tokens, dtype=np.int32)
+
+
+def _beginning(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text; what it puts behind is decided by the recipe."""
+    plain = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole: list[int] = tokenizer("a", verbose=False)["input_ids"]
+    places = range(len(whole) - len(plain) + 1)
+    return next((whole[:place] for place in places if whole[place : place + len(plain)] == plain), [])
