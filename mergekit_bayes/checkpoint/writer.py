@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from mergekit_bayes.checkpoint.disk import create_file, disk_errors, sync_folder, write_all
+from mergekit_bayes.checkpoint.disk import create_file, disk_errors, start_writeback, sync_folder, write_all
 from mergekit_bayes.checkpoint.dtypes import torch_dtype
 from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.checkpoint.layout import (
@@ -98,6 +98,7 @@ class ShardWriter:
         offset = len(self.layout.header) + self.layout.offsets[name] + first
         with disk_errors(self.path, "write", needed=self.layout.nbytes):
             write_all(self._open_descriptor(), data, offset)
+        start_writeback(self._open_descriptor(), offset, len(data))
         with self._lock:
             self._written[name] += len(data)
 

@@ -23,7 +23,7 @@ from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.reader import BlockReader
 from mergekit_bayes.checkpoint.writer import ShardWriter
 from mergekit_bayes.errors import CheckpointError
-from mergekit_bayes.merge.blocks import CHUNK, Combine, Formula, Merged, Stored, compiled, in_chunks
+from mergekit_bayes.merge.blocks import Combine, Formula, Merged, Stored, compiled, in_chunks
 from mergekit_bayes.merge.checks import check_block, check_precision, diagnose_mean, diagnose_precision
 from mergekit_bayes.merge.memory import BLOCK_BYTES, default_workers
 from mergekit_bayes.merge.modules import run_module
@@ -32,6 +32,9 @@ from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.steps import CopyStep, MergeStep, ModuleStep, Unit
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+GRAIN = 65_536
+"""Blocks are multiples of this many elements, and no smaller however many sources share the bytes of a block."""
 
 Record = dict[str, Any]
 Progress = Callable[[int], None]
@@ -121,7 +124,7 @@ class Engine:
             return
         count = step.entries[0].numel
         per_element = sum(DTYPES[tensor.dtype].itemsize for tensor in step.inputs)
-        size = max(CHUNK, self.options.block_bytes // max(1, per_element) // CHUNK * CHUNK)
+        size = max(GRAIN, self.options.block_bytes // max(1, per_element) // GRAIN * GRAIN)
         if isinstance(step, MergeStep) and any(operand.low_rank for operand in (step.base, *step.sources)):
             row = step.shape[-1]
             size = max(1, size // row) * row

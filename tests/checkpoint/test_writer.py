@@ -525,3 +525,26 @@ def test_byte_counts_read_well(count: int, text: str) -> None:
 def test_free_space_is_asked_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     assert disk.nearest_existing(tmp_path / "a" / "b") == tmp_path
     assert disk.free_bytes(tmp_path / "a" / "b") > 0
+
+
+def test_blocks_are_sent_to_the_disk_while_the_next_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The final fsync then finds little to do; a system without the call, or one that refuses it, writes the same."""
+    layout = layout_shards([TensorEntry("a", "F32", (6,))], max_shard_size=GB)[0]
+    asked: list[tuple[int, int]] = []
+
+    def refuse(_descriptor: int, offset: int, nbytes: int, _flags: int) -> int:
+        asked.append((offset, nbytes))
+        return -1
+
+    contents = []
+    for name, call in (("refused", refuse), ("missing", None), ("real", disk._sync_file_range())):
+        monkeypatch.setattr(disk, "_sync_file_range", lambda call=call: call)
+        with ShardWriter(tmp_path / name, layout) as writer:
+            writer.write("a", 0, torch.arange(4.0))
+            writer.write("a", 4, torch.arange(2.0))
+        contents.append((tmp_path / name).read_bytes())
+    header = len(layout.header)
+    assert asked == [(header, 16), (header + 16, 8)]
+    assert contents[0] == contents[1] == contents[2]

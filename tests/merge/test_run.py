@@ -83,7 +83,7 @@ def test_the_number_of_threads_does_not_show(
 def test_the_size_of_blocks_does_not_show_in_the_tensors(
     recipe: Recipe, reference: Mapping[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(execute, "CHUNK", 97)
+    monkeypatch.setattr(execute, "GRAIN", 97)
     plan = plan_merge(load_recipe(recipe), tmp_path / "out")
     run_merge(plan, max_memory=1)
     for name in reference:
