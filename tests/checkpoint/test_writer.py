@@ -531,7 +531,7 @@ def test_blocks_are_sent_to_the_disk_while_the_next_are_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The final fsync then finds little to do; a system without the call, or one that refuses it, writes the same."""
-    layout = layout_shards([TensorEntry("a", "F32", (6,))], max_shard_size=GB)[0]
+    layout = layout_shards([TensorEntry("a", "F32", (6,))], max_shard_bytes=GB)[0]
     asked: list[tuple[int, int]] = []
 
     def refuse(_descriptor: int, offset: int, nbytes: int, _flags: int) -> int:
