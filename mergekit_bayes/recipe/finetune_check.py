@@ -53,12 +53,12 @@ _WORDING = Wording(
     required={
         "model": "name the model to train: a folder or hub id.",
         "data": "say what to learn from, such as `data: {train: train.jsonl}`.",
-        "path": "a folder, a file or a hub id.",
+        "path": "name a folder, a file or a hub id.",
         "train": "list what to learn from, each `- path: ...`.",
     },
     foreign=_foreign,
     stand_ins={
-        "model": _words_for("model", "model.path"),
+        "model": _words_for("model.path"),
         "path": _words_for("model.path", "data.train") | {"name", "id", "file", "files", "model"},
         "data": _words_for("data.train"),
         "train": _words_for("data.train"),

@@ -88,7 +88,7 @@ def _held_out(s: _Sections) -> Iterator[Problem]:
     if s.data.get("eval") in (None, []) and fraction is None and s.training.get("eval_steps") is not None:
         yield Problem(("training", "eval_steps"), "nothing to evaluate on; set `data.eval` or `data.eval_fraction`.")
     for index, entry in enumerate(s.eval):
-        if "weight" in entry:
+        if entry.get("weight") is not None:
             message = "a share of the training mixture; each held-out data set is evaluated by itself. Remove it."
             yield Problem(("data", "eval", index, "weight"), message, at_key=True)
         for other, trained in enumerate(s.train):
@@ -100,7 +100,7 @@ def _held_out(s: _Sections) -> Iterator[Problem]:
 
 def _mixture(s: _Sections) -> Iterator[Problem]:
     without = [index for index, entry in enumerate(s.train) if entry.get("weight") is None]
-    if without and len(without) < len(s.train):
+    if all(s.train) and without and len(without) < len(s.train):
         path = ("data", "train", without[0], "weight")
         yield Problem(path, "missing; give every data set a weight, or none, and every row counts once.")
 

@@ -7,6 +7,7 @@ optimizer: {name: adamw, lr: 2e-4}
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
@@ -35,6 +36,12 @@ _name = field.choice(
         "ivon-lora": "ivon",
     },
 )
+
+
+def _clip_radius(value: object) -> float | None:
+    if value == math.inf:
+        raise refusal("found infinity; leave the key out for no bound.")
+    return None if value is None else field.positive(value)
 
 
 class IvonSpec(Spec):
@@ -69,7 +76,7 @@ class IvonSpec(Spec):
     weight_decay: Annotated[float, checked(field.between(0))] = 0.0
     mc_samples: Annotated[int, checked(field.integer(1))] = 1
     hess_approx: Annotated[Literal["price", "gradsq"], checked(field.choice("price", "gradsq"))] = "price"
-    clip_radius: Annotated[float | None, checked(field.optional(field.positive))] = None
+    clip_radius: Annotated[float | None, checked(_clip_radius)] = None
     debias: Annotated[bool, checked(field.boolean)] = True
     rescale_lr: Annotated[bool, checked(field.boolean)] = False
     antithetic: Annotated[bool, checked(field.boolean)] = False

@@ -12,10 +12,11 @@ _HERE: Mapping[str, str] = {
     "`model`, or `model.path` beside other keys": """
         model_name_or_path model_name model_id model_path base_model base_model_name_or_path hf_model checkpoint
         pretrained_model_name_or_path pretrained_model base_model_name pretrained""",
+    "a key of `model`": "model_init_kwargs model_kwargs model_args",
     "part of the path: `path@revision`": "model_revision revision dataset_revision commit",
     "`model.dtype`": "torch_dtype model_dtype base_dtype compute_dtype weights_dtype",
-    "`model.task`": "task_type task_name problem_type auto_class",
-    "`model.attn_implementation`": """
+    "`model.task`": "task_type lora_task_type task_name problem_type auto_class",
+    "`model.attn_implementation`, such as `flash_attention_2`": """
         use_flash_attention use_flash_attention_2 flash_attention flash_attention_2 flash_attn use_flash_attn
         sdp_attention sdpa_attention eager_attention xformers_attention attention_implementation attn_impl attention""",
     "`model.load_in_4bit`": "load_in_4_bit use_4bit bits quantization_bit quantize qlora",
@@ -68,8 +69,9 @@ _HERE: Mapping[str, str] = {
     "`data.long_rows`": "truncation truncation_mode truncate excess_length_strategy overflow",
     "`data.packing`": "sample_packing pack pack_sequences packed group_texts packing_strategy eval_packing",
     "`data.completion_only_loss`": """
-        assistant_only_loss train_on_inputs train_on_input completions_only completion_only mask_prompt mask_prompts
-        response_only train_on_completions_only train_on_responses_only roles_to_train train_on_source""",
+        assistant_only_loss completions_only completion_only mask_prompt mask_prompts
+        response_only train_on_completions_only train_on_responses_only roles_to_train""",
+    "`data.completion_only_loss`, the other way round": "train_on_inputs train_on_input train_on_source",
     "`data.append_eos`": "add_eos_token add_eos append_eos_token train_on_eos",
     "`data.chat_template`": "chat_template_path chat_template_jinja chat_template_file conversation_template template",
     "`data.labels`": "num_labels num_classes id2label label2id classes class_names label_list n_labels",
@@ -145,7 +147,8 @@ _REFUSED: Mapping[str, str] = {
     "only plain LoRA is trained, whose updates a merge can add": """
         use_dora dora peft_use_dora lora_bias use_qalora qalora_group_size loftq_config eva_config corda_config
         lora_ga_config velora_config kasa_config monteclora_config arrow_config use_bdlora alora_invocation_tokens
-        layer_replication megatron_config megatron_core target_parameters trainable_token_indices ensure_weight_tying
+        layer_replication megatron_config megatron_core target_parameters lora_target_parameters
+        trainable_token_indices ensure_weight_tying
         use_vera use_dylora use_oft ia3 prompt_tuning lora_plus lora_plus_lr_ratio loraplus_lr_ratio""",
     "an adapter is always a new LoRA adapter; remove it": """
         peft_type inference_mode auto_mapping peft_version runtime_config adapter_type is_trainable""",
@@ -170,12 +173,12 @@ _REFUSED: Mapping[str, str] = {
     "rows are always shuffled, by `training.data_seed`; remove it": """
         shuffle shuffle_dataset shuffle_buffer_size train_sampling_strategy group_by_length length_column_name
         sampler curriculum_sampling""",
-    "data sets are read as a whole; limit them with `max_rows`": "streaming stream iterable",
+    "data sets are read as a whole; limit them with `max_rows`": "streaming dataset_streaming stream iterable",
     "the tokenizer is the model's own; remove it": """
         tokenizer tokenizer_name tokenizer_name_or_path tokenizer_path tokenizer_type use_fast use_fast_tokenizer
         padding_side eos_token pad_token bos_token special_tokens add_special_tokens tokens processing_class
         resize_token_embeddings added_tokens_overrides""",
-    "not needed here; remove it": """
+    "there is no need for it; remove it": """
         do_train do_predict remove_unused_columns prediction_loss_only use_cache tf32 torch_compile
         torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config torch_empty_cache_steps
         bf16_full_eval fp16_full_eval eval_accumulation_steps eval_do_concat_batches eval_use_gather_object
@@ -185,7 +188,9 @@ _REFUSED: Mapping[str, str] = {
         full_determinism skip_memory_metrics debug dataloader_drop_last dataloader_pin_memory
         dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
         dataloader_in_order gradient_checkpointing_kwargs activation_checkpointing_kwargs activation_offloading
-        optim_target_modules bnb_4bit_quant_storage strict dataset_prepared_path dataset_kwargs
+        optim_target_modules bnb_4bit_quant_storage llm_int8_threshold llm_int8_skip_modules
+        llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight quant_method ignore_bias_buffers strict
+        dataset_prepared_path dataset_kwargs num_of_sequences
         pad_to_multiple_of padding_free pad_to_sequence_len eval_sample_packing merge_adapter merge_lora""",
     "recipes of kind `merge` have it": """
         merge_method models slices modules parameters out_dtype space scale normalize density tokenizer_source""",

@@ -75,11 +75,19 @@ def _problems(error: Any, wording: Wording) -> Iterator[Problem]:
             yield Problem(path[:-1], f"a key is text, found {show(path[-1])}.")
         case _:
             seen = error["input"]
-            hint = f" Write `- model: {show(seen)[1:-1]}`." if path[0] == "models" and isinstance(seen, str) else ""
+            hint = _written_out(place, seen, wording) if isinstance(seen, str) else ""
             yield Problem(path, f"{_EXPECTED[error['type']]}, found {show(seen)}.{hint}")
 
 
 _EXPECTED = {"model_type": "expected a mapping of keys"}
+
+
+def _written_out(place: Place, text: str, wording: Wording) -> str:
+    """How to write the mapping that a text stands for."""
+    shown, known = show(text)[1:-1], wording.specs[place].model_fields
+    if "model" in known:
+        return f" Write `- model: {shown}`."
+    return f" Write `{place[-1]}: {{path: {shown}}}`." if "path" in known else ""
 
 
 def _split(loc: KeyPath, wording: Wording) -> tuple[KeyPath, Place]:
