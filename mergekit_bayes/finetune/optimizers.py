@@ -95,7 +95,7 @@ def build_optimizer(
         batch_units: training units of a typical step, which `gradsq` multiplies squared gradients by.
     """
     if spec.name == "adamw":
-        return _adamw(spec, list(parameters))  # type: ignore[arg-type]  # told apart by their name
+        return _adamw(spec, list(parameters))
     assert start is not None  # whoever builds IVON has asked for its starting point
     return IVON(
         parameters,

@@ -9,16 +9,29 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mergekit_bayes.errors import FinetuneError
-from mergekit_bayes.finetune.ivon.noise import PREDICT, TRAIN, KeyedNoise, stream_key
+from mergekit_bayes.finetune.ivon.fused import can_fuse, decide, fused_perturb_, fused_update_
+from mergekit_bayes.finetune.ivon.noise import PREDICT, TRAIN, KeyedNoise, aligned, stream_key
 from mergekit_bayes.finetune.ivon.options import check_group
 from mergekit_bayes.finetune.ivon.reduction import average_over_processes, process_rank
-from mergekit_bayes.finetune.ivon.update import Coefficients, blocks, hess_floor, perturb_, update_
+from mergekit_bayes.finetune.ivon.sharding import (
+    agree,
+    draw,
+    drop_gathered,
+    is_sharded,
+    local,
+    refuse_foreign_sharding,
+)
+from mergekit_bayes.finetune.ivon.underway import StepUnderWay, Work
+from mergekit_bayes.finetune.ivon.update import Coefficients, Estimate, blocks, hess_floor, perturb_, update_
 
 __all__ = ["IVON"]
+
+Place = tuple[dict[str, Any], int, Tensor]
+"""Group, begin in the stream of noise, parameter."""
 
 _OWN = ("seed", "draws", "predictions", "skipped")  # one value for the whole optimizer, kept in every group
 
@@ -66,6 +79,10 @@ class IVON(Optimizer):
             `per_process`: every process draws its own; the caller keeps gradients local (`no_sync`), and `step`
             averages gradients and curvature estimates.
         seed: of the noise; the global generators are neither used nor changed.
+        fused: one pass over memory for the sample and one for the update, by torch.compile. None: where the weights
+            are so many that the seconds of compiling come back (4 million on CPU, 64 million on an accelerator) and
+            a compiler works; foreach operations otherwise. Small tensors always go through those. The numbers are
+            the same to rounding, and the same in every run of one kind.
 
     Raises:
         FinetuneError: an option out of range.
@@ -90,13 +107,17 @@ class IVON(Optimizer):
         antithetic: bool = False,
         noise: str = "shared",
         seed: int = 0,
+        fused: bool | None = None,
     ) -> None:
         if mc_samples < 1 or (antithetic and mc_samples % 2):
             wanted = "an even number" if antithetic else "1 or more"
             raise FinetuneError(f"IVON: mc_samples is {mc_samples}, expected {wanted}")
         if noise not in ("shared", "per_process"):
             raise FinetuneError(f"IVON: noise is {noise!r}, expected 'shared' or 'per_process'")
-        self.mc_samples, self.antithetic, self.noise = mc_samples, antithetic, noise
+        if fused not in (None, True, False):
+            raise FinetuneError(f"IVON: fused is {fused!r}, expected True, False or None")
+        self.mc_samples, self.antithetic, self.noise, self.fused = mc_samples, antithetic, noise, fused
+        self._model: nn.Module | None = None
         self._forget()
         defaults = {
             "lr": lr,
@@ -120,21 +141,19 @@ class IVON(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._model = None
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"mc_samples": self.mc_samples, "antithetic": self.antithetic, "noise": self.noise}
-        return {**super().__getstate__(), **own}
+        own = ("mc_samples", "antithetic", "noise", "fused")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def _forget(self) -> None:
         """Drops everything that belongs to the step under way."""
         self._generator = KeyedNoise()
         self._active: str | None = None
-        self._contexts = 0
-        self._noise: dict[Tensor, Tensor] = {}
-        self._sums: dict[Tensor, Tensor] = {}
-        self._products: dict[Tensor, Tensor] = {}
-        self._norms: dict[Tensor, Tensor] = {}
+        self._under_way = StepUnderWay(self.mc_samples)
+        self._fusing: bool | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters; their curvature starts at h0.
@@ -143,6 +162,7 @@ class IVON(Optimizer):
             FinetuneError: an option out of range.
         """
         super().add_param_group(param_group)
+        self._fusing = None
         group = self.param_groups[-1]
         if "solved_weight_decay" not in param_group or len(self.param_groups) > 1:
             group["solved_weight_decay"] = group["weight_decay"]
@@ -152,6 +172,41 @@ class IVON(Optimizer):
         except FinetuneError:
             self.param_groups.pop()
             raise
+
+    @classmethod
+    def of(cls, optimizer: Any) -> IVON:
+        """Returns the IVON inside a wrapper, such as what `Accelerator.prepare` makes of it.
+
+        Raises:
+            FinetuneError: there is none, or an engine wraps it that trains copies of the weights.
+        """
+        inner = optimizer
+        while not isinstance(inner, cls):
+            if "deepspeed" in f"{type(inner).__module__}.{type(inner).__name__}".lower():
+                seen = (
+                    "IVON: wrapped by DeepSpeed ZeRO, which trains copies of the weights that a sample would not reach"
+                )
+                raise FinetuneError(f"{seen}; use DDP, or FSDP 2 (`fully_shard`)")
+            inner = getattr(inner, "optimizer", None)
+            if inner is None:
+                raise FinetuneError(f"IVON: there is none in {type(optimizer).__name__}")
+        return inner
+
+    def bind(self, model: nn.Module) -> None:
+        """Names the model whose weights these are; needed after `fully_shard`, harmless otherwise.
+
+        A sharded model may keep a gathered copy of weights from one forward pass to the next. It is dropped where a
+        context begins or ends, so that the model computes with what the context promises.
+
+        Raises:
+            FinetuneError: a trainable parameter that is not one of the model's.
+        """
+        own = {id(parameter) for parameter in model.parameters()}
+        strangers = sum(id(parameter) not in own for _, _, parameter in self._trainable())
+        if strangers:
+            seen = f"IVON: {strangers} trainable parameters of the optimizer are not parameters of the model"
+            raise FinetuneError(f"{seen}; after `fully_shard`, make the optimizer anew or let Accelerate prepare both")
+        self._model = model
 
     @contextmanager
     def sampled_params(
@@ -173,21 +228,25 @@ class IVON(Optimizer):
         if self._active is not None:
             raise FinetuneError("IVON: sampled_params inside sampled_params; leave the first context before")
         self._check_sample(train, sample, temperature)
+        trainable = list(self._trainable())
+        self._check_sharding(trainable)
         self._active = "train" if train else "predict"
         means: dict[Tensor, Tensor] = {}
         try:
-            self._perturb(means, train, sample, temperature)
+            self._perturb(trainable, means, train, sample, temperature)
             yield
+        except BaseException:
+            if train:  # a sample that failed counts for nothing
+                self._under_way.fail_sample()
+            raise
         finally:
-            with torch.no_grad():
-                for parameter, mean in means.items():
-                    parameter.copy_(mean)
+            if means:
+                with torch.no_grad():  # local parts asked for anew: an engine may have moved them meanwhile
+                    torch._foreach_copy_([local(parameter) for parameter in means], list(means.values()))
+            self._drop_gathered()
             self._active = None
-        # reached only without an exception: a sample that failed counts for nothing
         if train:
-            self._contexts += 1
-            if self.mc_samples > 1:
-                self._capture()
+            self._under_way.end_sample((group, parameter) for group, _, parameter in trainable)
 
     def _check_sample(self, train: bool, sample: int | None, temperature: float) -> None:
         if not (math.isfinite(temperature) and temperature >= 0) or (train and temperature != 1):
@@ -195,11 +254,57 @@ class IVON(Optimizer):
         if sample is not None and not 0 <= sample < (self.mc_samples if train else math.inf):
             raise FinetuneError(f"IVON: sample is {sample}, expected 0 to mc_samples - 1 = {self.mc_samples - 1}")
 
+    def _check_sharding(self, trainable: list[Place]) -> None:
+        if not any(is_sharded(parameter) for _, _, parameter in trainable):
+            return
+        if self._model is None:
+            raise FinetuneError("IVON: the parameters are sharded; call `optimizer.bind(model)` after `fully_shard`")
+        if self.noise == "per_process":
+            raise FinetuneError("IVON: noise 'per_process' with sharded parameters; expected 'shared'")
+
+    def _drop_gathered(self) -> None:
+        if self._model is not None:
+            drop_gathered(self._model)
+
     @torch.no_grad()
-    def _perturb(self, means: dict[Tensor, Tensor], train: bool, sample: int | None, temperature: float) -> None:
-        shared = self.param_groups[0]
+    def _perturb(
+        self,
+        trainable: list[Place],
+        means: dict[Tensor, Tensor],
+        train: bool,
+        sample: int | None,
+        temperature: float,
+    ) -> None:
+        for group, _, parameter in trainable:
+            self._start(group, parameter)
         if train:
-            chosen = self._contexts % self.mc_samples if sample is None else sample
+            self._under_way.begin_sample((group, parameter) for group, _, parameter in trainable)
+        noise = self._draw(trainable, train, sample)
+        self._drop_gathered()
+        fusing = self._decide_fusing()
+        lists: dict[tuple[float, float, torch.device], list[list[Tensor]]] = {}
+        for group, _, parameter in trainable:
+            row = (local(parameter), local(self.state[parameter]["hess"]), noise[parameter])
+            scale, weight_decay = math.sqrt(temperature / group["ess"]), group["weight_decay"]
+            if fusing and can_fuse(*row):
+                means[parameter] = row[0].clone()  # first, and not by the same function: an interrupt may come between
+                fused_perturb_(*row, scale=scale, weight_decay=weight_decay)
+                continue
+            tensors = lists.setdefault((scale, weight_decay, row[0].device), [[], [], [], []])
+            for each, tensor in zip(tensors, (*row, parameter), strict=True):
+                each.append(tensor)
+        for (scale, weight_decay, _), (current, hess, z, parameters) in lists.items():
+            kept = [torch.empty_like(mean) for mean in current]
+            torch._foreach_copy_(kept, current)
+            means.update(zip(parameters, kept, strict=True))
+            for block in blocks([current, hess, z]):
+                perturb_(*block, scale=scale, weight_decay=weight_decay)
+
+    def _draw(self, trainable: list[Place], train: bool, sample: int | None) -> dict[Tensor, Tensor]:
+        """The noise of a sample; in training, what this step has drawn before is used again."""
+        shared, held = self.param_groups[0], self._under_way.noise if train else {}
+        if train:
+            chosen = self._under_way.contexts % self.mc_samples if sample is None else sample
             number = chosen // 2 if self.antithetic else chosen
             rank = process_rank() if self.noise == "per_process" else 0
             key = stream_key(shared["seed"], shared["draws"], number, purpose=TRAIN, rank=rank)
@@ -209,39 +314,32 @@ class IVON(Optimizer):
             key, negate = stream_key(shared["seed"], 0, number, purpose=PREDICT), False
             if sample is None:
                 self._set_own("predictions", number + 1)
-        lists: dict[tuple[float, float, torch.device], list[list[Tensor]]] = {}
-        for group, index, parameter in self._trainable():
-            self._start(group, parameter)
-            z = self._noise.get(parameter) if train else None
-            if z is None:
-                z = self._generator.normal(parameter, key, index)
-                if negate:
-                    z.neg_()
-                if train:
-                    self._noise[parameter] = z
-            if train and parameter.grad is not None and parameter.grad is self._sums.get(parameter):
-                parameter.grad = None
-            means[parameter] = parameter.detach().clone()
-            where = (math.sqrt(temperature / group["ess"]), group["weight_decay"], parameter.device)
-            tensors = lists.setdefault(where, [[], [], []])
-            for each, tensor in zip(tensors, (parameter.detach(), self.state[parameter]["hess"], z), strict=True):
-                each.append(tensor)
-        for (scale, weight_decay, _), tensors in lists.items():
-            for mean, hess, noise in blocks(tensors):
-                perturb_(mean, hess, noise, scale=scale, weight_decay=weight_decay)
+        fresh = draw(self._generator, key, [(at, parameter) for _, at, parameter in trainable if parameter not in held])
+        if negate:
+            for z in fresh.values():
+                z.neg_()
+        held.update(fresh)
+        return held
 
-    def _trainable(self) -> Iterator[tuple[dict[str, Any], int, Tensor]]:
-        """Every trainable parameter with its group and its index, which names its noise."""
-        index = 0
+    def _trainable(self) -> Iterator[Place]:
+        """Every trainable parameter with its group and its place in the stream of noise."""
+        at = 0
         for group in self.param_groups:
             self._solve_prior(group)
             for parameter in group["params"]:
                 if parameter.requires_grad:
-                    yield group, index, parameter
-                index += 1
+                    yield group, at, parameter
+                at += aligned(parameter.numel())
+
+    def _decide_fusing(self) -> bool:
+        """Decided when the first sample is drawn: by then the weights are where they will be trained."""
+        if self._fusing is None:
+            self._fusing = decide(self.fused, [local(parameter) for _, _, parameter in self._trainable()])
+        return self._fusing
 
     def _start(self, group: Mapping[str, Any], parameter: Tensor) -> None:
         if not self.state[parameter]:
+            refuse_foreign_sharding(parameter)
             zeros = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
             hess = torch.full_like(zeros, group["hess_init"])
             self.state[parameter] = {"step": 0, "momentum": zeros, "hess": hess, "hess_init_share": 1.0}
@@ -255,7 +353,7 @@ class IVON(Optimizer):
         kept, old = 0, group["solved_weight_decay"]
         for parameter in group["params"]:
             if delta < old and self.state.get(parameter):
-                hess = self.state[parameter]["hess"]
+                hess = local(self.state[parameter]["hess"])
                 kept += int((hess < 0).sum())
                 hess.copy_(torch.where(hess < 0, hess + (old - delta), hess)).clamp_(min=hess_floor(delta))
         if kept:
@@ -267,54 +365,28 @@ class IVON(Optimizer):
         for group in self.param_groups:
             group[key] = value
 
-    @torch.no_grad()
-    def _capture(self) -> None:
-        """With several samples: forms noise * gradient of this one and adds both to the averages."""
-        for group, _, parameter in self._trainable():
-            z, gradient = self._noise.get(parameter), parameter.grad
-            if z is None or gradient is None:
-                continue
-            gradient = gradient.detach()
-            product = self._product(group, z, gradient).mul_(1 / self.mc_samples)
-            if parameter in self._sums:
-                self._products[parameter].add_(product)
-                self._sums[parameter].add_(gradient, alpha=1 / self.mc_samples)
-            else:
-                self._products[parameter] = product
-                self._sums[parameter] = gradient.mul(1 / self.mc_samples)
-            parameter.grad = self._sums[parameter]
-        self._noise.clear()
-        for parameter, total in self._sums.items():
-            parameter.grad = total
-            self._norms[parameter] = torch.linalg.vector_norm(total, dtype=torch.float32)
-
-    @staticmethod
-    def _product(group: Mapping[str, Any], z: Tensor, gradient: Tensor) -> Tensor:
-        """Noise times gradient, or the curvature estimate of `gradsq`; overwrites the noise."""
-        if group["hess_approx"] == "gradsq":
-            return z.copy_(gradient).square_().mul_(group["batch_size"])
-        return z.mul_(gradient)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients; samples of this step that were already averaged stay."""
-        if self._active == "train" and self._contexts and self.mc_samples == 1 and self._has_gradients():
-            message = "IVON: zero_grad between two contexts of one step drops the gradients of the first; divide the "
-            message += "loss and keep them, or set mc_samples if each context was meant to be another sample"
-            warnings.warn(message, stacklevel=2)
-        for parameter, total in self._sums.items():
-            if parameter.grad is total:
-                parameter.grad = None
+        """Clears the gradients; samples already averaged stay until the last of the step is in."""
+        if self._under_way.complete:
+            if self._active is None:
+                # what they belonged to is given up, as a step that a gradient scaler has skipped
+                self._under_way = StepUnderWay(self.mc_samples)
+            elif self._active == "train":
+                self._drop_within()
         super().zero_grad(set_to_none)
 
-    def _has_gradients(self) -> bool:
-        return any(parameter.grad is not None for parameter in self._noise)
+    def _drop_within(self) -> None:
+        """Inside a context, with earlier ones complete: an old habit that loses gradients, unless they are no loss."""
+        lost = self._under_way.drop_averages()
+        if lost and _all_finite([local(gradient) for gradient in lost]):
+            message = "IVON: zero_grad between two contexts of one step drops the gradients of the first; divide the "
+            message += "loss and keep them, or set mc_samples if each context was meant to be another sample"
+            warnings.warn(message, stacklevel=3)
 
     def discard(self) -> None:
         """Drops the sample and the gradients captured since the last step; the next step starts anew."""
-        generator = self._generator
-        self._forget()
-        self._generator = generator
-        self.zero_grad()
+        self._under_way = StepUnderWay(self.mc_samples)
+        super().zero_grad()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates mean and curvature from the gradients of the contexts since the last step.
@@ -332,25 +404,36 @@ class IVON(Optimizer):
         Raises:
             FinetuneError: no context since the last step, or not a multiple of mc_samples.
         """
+        if self._only_initializes():
+            return None
         loss = None if closure is None else self._run_closure(closure)
         self._check_contexts()
-        work = self._gather()
+        trainable = [(group, parameter) for group, _, parameter in self._trainable()]
+        work = self._under_way.gather(trainable)
         if self.noise == "per_process":
             # every process takes part, also one whose parameters got no gradient
-            work, finite = average_over_processes(
-                work, [(group, parameter) for group, _, parameter in self._trainable()]
-            )
+            work, finite = average_over_processes(work, trainable)
         else:
             finite = _all_finite([gradient for _, _, gradient, _ in work])
+            finite = agree(finite, [parameter for _, parameter in trainable])
         if finite:
             self._update(work)
         else:
             self._set_own("skipped", self.param_groups[0]["skipped"] + 1)
         self._set_own("draws", self.param_groups[0]["draws"] + 1)
-        generator = self._generator
-        self._forget()
-        self._generator = generator
+        self._under_way = StepUnderWay(self.mc_samples)
         return loss
+
+    def _only_initializes(self) -> bool:
+        """Whether torch.distributed.checkpoint steps with zero gradients and lr, only to make the state appear."""
+        if self._under_way.contexts or self._active or any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        trainable = list(self._trainable())
+        if not all(parameter.grad is not None and not self.state.get(parameter) for _, _, parameter in trainable):
+            return False
+        for group, _, parameter in trainable:
+            self._start(group, parameter)
+        return True
 
     def _run_closure(self, closure: Callable[[], Any]) -> Any:
         losses = []
@@ -366,53 +449,32 @@ class IVON(Optimizer):
     def _check_contexts(self) -> None:
         if self._active is not None:
             raise FinetuneError("IVON: step inside sampled_params; leave the context first, it restores the mean")
-        if self._contexts == 0 or self._contexts % self.mc_samples:
-            seen = f"IVON: step after {self._contexts} contexts `with optimizer.sampled_params(train=True)`"
+        if not self._under_way.complete:
+            seen = f"IVON: step after {self._under_way.contexts} contexts `with optimizer.sampled_params(train=True)`"
             raise FinetuneError(f"{seen}; expected {self.mc_samples}, or a multiple for micro-batches")
 
     @torch.no_grad()
-    def _gather(self) -> list[tuple[dict[str, Any], Tensor, Tensor, Tensor]]:
-        """Group, parameter, gradient and product of everything that has a gradient."""
-        work = []
-        for group, _, parameter in self._trainable():
-            if self.mc_samples > 1:
-                if parameter not in self._sums:
-                    continue
-                gradient, product = self._sums[parameter], self._products[parameter]
-                if parameter.grad is gradient:
-                    # what clipping or unscaling did to the averaged gradient since, done to the products
-                    ratio = torch.linalg.vector_norm(gradient, dtype=torch.float32) / self._norms[parameter]
-                    ratio = torch.where(self._norms[parameter] > 0, ratio, torch.ones_like(ratio))
-                    product.mul_(ratio.square() if group["hess_approx"] == "gradsq" else ratio)
-            else:
-                if parameter.grad is None:
-                    continue
-                if parameter not in self._noise:
-                    raise FinetuneError("IVON: a parameter became trainable between the context and the step")
-                gradient = parameter.grad.detach()
-                product = self._product(group, self._noise.pop(parameter), gradient)
-            if gradient.layout != torch.strided:
-                raise FinetuneError("IVON: sparse gradients have no noise * gradient; use a dense embedding")
-            work.append((group, parameter, gradient, product))
-        return work
-
-    @torch.no_grad()
-    def _update(self, work: list[tuple[dict[str, Any], Tensor, Tensor, Tensor]]) -> None:
-        parts: dict[tuple[Any, ...], list[list[Tensor]]] = {}
-        groups: dict[int, dict[str, Any]] = {}
-        for group, parameter, gradient, product in work:
+    def _update(self, work: Work) -> None:
+        lists: dict[tuple[int, torch.device, int], list[list[Tensor]]] = {}
+        coefficients: dict[tuple[int, int], Coefficients] = {}
+        fusing = self._decide_fusing()
+        for group, parameter, gradient, estimate in work:
             state = self.state[parameter]
             state["step"] += 1
             state["hess_init_share"] *= group["beta2"]
-            groups[id(group)] = group
-            lists = parts.setdefault((id(group), parameter.device, state["step"]), [[], [], [], [], []])
-            row = (parameter.detach(), state["momentum"], state["hess"], gradient, product)
-            for tensors, tensor in zip(lists, row, strict=True):
-                tensors.append(tensor)
-        for (which, _, count), lists in parts.items():
-            coefficients = _coefficients(groups[which], count)
-            for means, momenta, hess, gradients, products in blocks(lists):
-                update_(means, momenta, hess, gradients, products, coefficients=coefficients)
+            which, count = id(group), state["step"]
+            if (which, count) not in coefficients:
+                coefficients[which, count] = _coefficients(group, count, self._under_way.estimate_of(group))
+            row = (local(parameter), local(state["momentum"]), local(state["hess"]), gradient, estimate)
+            if fusing and can_fuse(*row):
+                fused_update_(*row, coefficients=coefficients[which, count])
+                continue
+            tensors = lists.setdefault((which, row[0].device, count), [[], [], [], [], []])
+            for each, tensor in zip(tensors, row, strict=True):
+                each.append(tensor)
+        for (which, _, count), tensors in lists.items():
+            for block in blocks(tensors):
+                update_(*block, coefficients=coefficients[which, count])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state: moved to the device of each parameter, always float32, never shared with the source.
@@ -437,7 +499,7 @@ class IVON(Optimizer):
         self._forget()
 
 
-def _coefficients(group: Mapping[str, Any], count: int) -> Coefficients:
+def _coefficients(group: Mapping[str, Any], count: int, estimate: Estimate) -> Coefficients:
     rescale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
     return Coefficients(
         ess=group["ess"],
@@ -447,7 +509,7 @@ def _coefficients(group: Mapping[str, Any], count: int) -> Coefficients:
         step_size=float(group["lr"]) * rescale,
         clip_radius=group["clip_radius"],
         bias_correction=1 - group["beta1"] ** count if group["debias"] else 1.0,
-        squares=group["hess_approx"] == "gradsq",
+        estimate=estimate,
     )
 
 

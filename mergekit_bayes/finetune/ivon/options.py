@@ -42,7 +42,5 @@ def check_group(group: Mapping[str, Any]) -> None:
     for parameter in group["params"]:
         if not parameter.is_floating_point():
             faults.append(f"a parameter of dtype {parameter.dtype}, expected real floating point")
-        if hasattr(parameter, "to_local"):
-            faults.append("a sharded parameter (DTensor); not supported yet")
     if faults:
         raise FinetuneError(f"IVON: {'; '.join(faults)}")

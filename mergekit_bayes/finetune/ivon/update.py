@@ -8,6 +8,8 @@ With mean m, momentum g, curvature h, effective sample size lambda (`ess`), weig
     h <- h + (h + delta) (x + x^2 / 2),   x = rho (h_hat - h) / (h + delta)
     m <- m - lr clip((g / (1 - beta1^t) + delta m) / (h + delta), -xi, xi)
 
+Here they are written with foreach operations, which need no compiler; fused.py has them as one pass.
+
 The line for h is the paper's beta2 h + rho h_hat + rho^2 (h - h_hat)^2 / (2 (h + delta)), written so that
 h + delta is multiplied by ((1 + x)^2 + 1) / 2 >= 1/2 and stays positive in float32 too.
 """
@@ -17,20 +19,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
 
-__all__ = ["Coefficients", "blocks", "hess_floor", "perturb_", "update_"]
+__all__ = ["Coefficients", "Estimate", "blocks", "hess_floor", "perturb_", "update_"]
 
-BLOCK_ON_CPU = 1 << 15
-"""Elements per block: six float32 blocks of it stay in the second-level cache."""
+BLOCK_ON_CPU = 1 << 16
+"""Elements per block: the blocks of one update stay in the cache, and calls cost less than what they do."""
 
 BLOCK_ELSEWHERE = 1 << 24
 """Elements per block on an accelerator: few launches, temporaries of 64 MiB each."""
 
 LARGEST_CHANGE = 1e15
 """Bound of |x|: without it a huge finite gradient would make x^2 infinite. No sane run comes near."""
+
+
+class Estimate(Enum):
+    """What the last list of an update holds."""
+
+    NOISE = "z, with theta = m + z / sqrt(lambda (h + delta))"
+    PRODUCT = "z g_hat, or its mean over samples"
+    CURVATURE = "h_hat"
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class Coefficients:
         step_size: learning rate, already times (h0 + delta) if it is rescaled.
         clip_radius: bound of each entry of the preconditioned direction.
         bias_correction: 1 - beta1^t, or 1.
-        squares: the products are squared gradients, not noise times gradient.
+        estimate: what stands for the curvature of this step.
     """
 
     ess: float
@@ -55,7 +66,7 @@ class Coefficients:
     step_size: float
     clip_radius: float
     bias_correction: float
-    squares: bool = False
+    estimate: Estimate = Estimate.PRODUCT
 
 
 def hess_floor(weight_decay: float) -> float:
@@ -114,7 +125,7 @@ def update_(
     momenta: list[Tensor],
     hess: list[Tensor],
     gradients: list[Tensor],
-    products: list[Tensor],
+    estimates: list[Tensor],
     *,
     coefficients: Coefficients,
 ) -> None:
@@ -125,18 +136,19 @@ def update_(
         momenta: g, float32.
         hess: h, float32.
         gradients: g_hat, any floating dtype.
-        products: z g_hat with theta = m + z / sqrt(lambda (h + delta)); or the curvature estimate itself,
-            where the coefficients say `squares`.
+        estimates: float32, what the coefficients say; noise is overwritten.
         coefficients: the scalars of the step.
     """
     c = coefficients
     rho = 1 - c.beta2
     precision = torch._foreach_add(hess, c.weight_decay)
-    if c.squares:
-        change = torch._foreach_mul(products, rho)
+    if c.estimate is Estimate.NOISE:
+        torch._foreach_mul_(estimates, gradients)
+    if c.estimate is Estimate.CURVATURE:
+        change = torch._foreach_mul(estimates, rho)
     else:
         change = torch._foreach_sqrt(precision)
-        torch._foreach_mul_(change, products)
+        torch._foreach_mul_(change, estimates)
         torch._foreach_mul_(change, rho * math.sqrt(c.ess))
     torch._foreach_add_(change, hess, alpha=-rho)
     torch._foreach_div_(change, precision)

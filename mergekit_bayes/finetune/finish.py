@@ -1,0 +1,165 @@
+"""After the last step: model, sidecar, recipe, picture, report and card, in the folder that will be published."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergekit_bayes.checkpoint.disk import write_atomically
+from mergekit_bayes.finetune.card import model_card
+from mergekit_bayes.finetune.curve import draw_curve
+from mergekit_bayes.finetune.ivon import IVON, diagnose, export_precision
+from mergekit_bayes.finetune.monitor import LITTLE_CURVATURE
+from mergekit_bayes.finetune.report import REPORT_NAME, peak_memory, report_text, versions
+from mergekit_bayes.model import save_trained, write_precision
+from mergekit_bayes.recipe import dump_yaml
+
+if TYPE_CHECKING:
+    from mergekit_bayes.finetune.loop import Counters
+    from mergekit_bayes.finetune.setup import Setup
+
+__all__ = ["RECIPE_NAME", "finish_folder"]
+
+RECIPE_NAME = "finetune_recipe.yaml"
+CURVE_NAME = "loss.png"
+
+
+def finish_folder(
+    setup: Setup,
+    folder: Path,
+    counters: Counters,
+    rows: Sequence[Mapping[str, Any]],
+    scores: Mapping[str, Mapping[str, float]],
+    *,
+    seconds: float,
+) -> None:
+    """Writes everything but log and checkpoints.
+
+    Args:
+        setup: the run.
+        folder: where to.
+        counters: how far it went.
+        rows: of the log.
+        scores: of the mean weights at the end, by data set.
+        seconds: since the call that runs now began.
+
+    Raises:
+        OutputError: the disk failed.
+        NumericalError: a precision that none can be.
+    """
+    recipe = setup.recipe
+    save_trained(setup.loaded.model, setup.loaded.tokenizer, folder, base=setup.loaded.base)
+    precision = _write_precision(setup, folder, counters)
+    _write(folder / RECIPE_NAME, dump_yaml(recipe.resolved()))
+    draw_curve(folder / CURVE_NAME, rows, unit=_unit(setup))
+    content = _report(setup, counters, scores, precision, seconds)
+    _write(folder / REPORT_NAME, report_text(content))
+    _write(folder / "README.md", model_card(content))
+
+
+def _unit(setup: Setup) -> str:
+    return "token" if setup.recipe.model.task == "causal_lm" else "example"
+
+
+def num_examples(setup: Setup, counters: Counters) -> int:
+    """Returns N of the sidecar: units of one epoch, or those seen if the run saw fewer."""
+    return max(1, min(setup.data.train.num_units, counters.units))
+
+
+def _write_precision(setup: Setup, folder: Path, counters: Counters) -> dict[str, Any] | None:
+    """The sidecar of an IVON run, and what the report says about it."""
+    output, optimizer = setup.recipe.output, setup.optimizer
+    if output.precision is False or not isinstance(optimizer, IVON):
+        return None
+    found = diagnose(optimizer)
+    exported = export_precision(
+        optimizer,
+        setup.parameters.items(),
+        num_examples=num_examples(setup, counters),
+        debias=output.debias_precision,
+    )
+    write_precision(
+        folder,
+        exported,
+        base=setup.loaded.base,
+        loss_unit=_unit(setup),
+        batch_size=max(1, round(counters.units / max(1, counters.step - counters.skipped))),
+        dtype=output.precision,
+    )
+    return {
+        "num_examples": num_examples(setup, counters),
+        "debiased": output.debias_precision,
+        "floored": exported.floored,
+        "moved": found.moved,
+        "clipped": found.clipped,
+        "noise_to_weight": found.noise_to_weight,
+        "hess_init_share": found.hess_init_share,
+        "lowest_precision": found.lowest_precision,
+        "warning": _warning(found.moved),
+    }
+
+
+def _warning(moved: float) -> str | None:
+    if moved >= LITTLE_CURVATURE:
+        return None
+    return (
+        f"The precision carries almost no curvature: {moved:.1%} of it has moved more than 10% from hess_init. "
+        "Estimate it with a `precision` pass over the finished model, or train with a smaller optimizer.ess or "
+        "a smaller optimizer.beta2 (a larger 1 - beta2)."
+    )
+
+
+def _report(
+    setup: Setup,
+    counters: Counters,
+    scores: Mapping[str, Mapping[str, float]],
+    precision: Mapping[str, Any] | None,
+    seconds: float,
+) -> dict[str, Any]:
+    recipe, base, length = setup.recipe, setup.loaded.base, setup.length
+    notes = [precision["warning"]] if precision is not None and precision["warning"] else []
+    if counters.skipped:
+        notes.append(f"{counters.skipped} of {counters.step} steps were skipped: their gradients were not finite.")
+    return {
+        "task": recipe.model.task,
+        "recipe": recipe.resolved(),
+        "base": {"path": base.path, "revision": base.revision, "fingerprint": base.fingerprint},
+        "trained": {
+            "adapter": recipe.adapter is not None,
+            "parameters": sum(parameter.numel() for parameter in setup.parameters.values()),
+            "tensors": len(setup.parameters),
+        },
+        "length": {
+            "steps": counters.step,
+            "skipped": counters.skipped,
+            "epochs": length.epoch_of(counters.step),
+            "global_batch": setup.feed.global_batch,
+            "processes": setup.accelerator.num_processes,
+        },
+        "units": {
+            "unit": _unit(setup),
+            "rows": len(setup.data.train),
+            "in_data": setup.data.train.num_units,
+            "seen": counters.units,
+            "tokens": counters.tokens,
+        },
+        "data": {"fingerprint": setup.data.train.fingerprint, "report": setup.data.report.plain()},
+        "optimizer": {
+            "name": recipe.optimizer.name,
+            "start": None if setup.start is None else dict(setup.identity.start),
+        },
+        "precision": None if precision is None else dict(precision),
+        "evaluation": {name: dict(values) for name, values in scores.items()},
+        "seconds": {"training": counters.seconds, "this_call": seconds},
+        "tokens_per_second": counters.tokens / counters.seconds if counters.seconds else None,
+        "peak_memory": peak_memory(),
+        "device": str(setup.accelerator.device),
+        "seeds": {"seed": recipe.training.seed, "data_seed": setup.feed.seed},
+        "notes": notes,
+        "versions": versions(),
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())

@@ -1,0 +1,226 @@
+"""Everything a run consists of, made from its recipe: model, data, optimizer, and how long it will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergekit_bayes.data import load_training_data, packing_fault
+from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.feed import Feed
+from mergekit_bayes.finetune.ivon import IVON
+from mergekit_bayes.finetune.monitor import Monitor
+from mergekit_bayes.finetune.optimizers import Start, build_optimizer, starting_point
+from mergekit_bayes.finetune.schedule import RunLength, run_length
+from mergekit_bayes.finetune.state import Identity
+from mergekit_bayes.finetune.trackers import check_trackers
+from mergekit_bayes.model import checkpoint_gradients, load_for_training, saved_parameters
+from mergekit_bayes.model.base import open_base
+from mergekit_bayes.model.tokens import load_tokenizer
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mergekit_bayes.data import TrainingData
+    from mergekit_bayes.data.read import Tables
+    from mergekit_bayes.model import LoadedModel
+    from mergekit_bayes.recipe.finetune import FinetuneRecipe, TrainingSpec
+
+__all__ = ["Setup", "make_accelerator", "prepare"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that has not begun.
+
+    Attributes:
+        recipe: what was asked for.
+        accelerator: device, precision, processes.
+        loaded: model, tokenizer and base.
+        data: rows to train on and rows held out.
+        parameters: trainable ones, by the name they have in the file that is saved.
+        optimizer: of these.
+        start: of IVON; None for other optimizers.
+        monitor: of IVON; None for other optimizers.
+        feed: deals the rows.
+        length: steps.
+        identity: what its checkpoints belong to.
+    """
+
+    recipe: FinetuneRecipe
+    accelerator: Accelerator
+    loaded: LoadedModel
+    data: TrainingData
+    parameters: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    start: Start | None
+    monitor: Monitor | None
+    feed: Feed
+    length: RunLength
+    identity: Identity
+
+
+def make_accelerator(training: TrainingSpec, folder: Path) -> Accelerator:
+    """Returns the accelerator of a run.
+
+    Args:
+        training: the recipe's section.
+        folder: where trackers put their files.
+
+    Raises:
+        FinetuneError: a tracker that is not installed, or a precision that the device has not.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    check_trackers(training.report_to)
+    # a second run of one process may want another precision; device and processes stay what they are
+    AcceleratorState._reset_state()
+    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
+    try:
+        return Accelerator(mixed_precision=precision, log_with=list(training.report_to) or None, project_dir=folder)
+    except ValueError as error:
+        if precision == "no":
+            raise
+        raise FinetuneError(f"training.{precision}: this device does not compute in it: {error}") from error
+
+
+def prepare(
+    recipe: FinetuneRecipe, accelerator: Accelerator, *, recipe_dir: Path | None, tables: Tables | None = None
+) -> Setup:
+    """Loads everything.
+
+    Args:
+        recipe: what was asked for.
+        accelerator: from `make_accelerator`.
+        recipe_dir: folder that relative paths are tried from after the current one.
+        tables: data sets in memory, by the path that stands for them in the recipe.
+
+    Raises:
+        MergekitBayesError: model, data or options do not fit; nothing was written.
+    """
+    training = recipe.training
+    folder = open_base(recipe.model.path, recipe_dir=recipe_dir)[0].folder
+    # before the model: a classification head needs the labels of the data
+    tokenizer = load_tokenizer(folder, reference=recipe.model.path)
+    data = load_training_data(recipe.data, tokenizer, task=recipe.model.task, recipe_dir=recipe_dir, tables=tables)
+    loaded = load_for_training(
+        recipe.model,
+        recipe.adapter,
+        labels=data.labels,
+        seed=training.seed,
+        device=accelerator.device,
+        recipe_dir=recipe_dir,
+        training_dtype=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
+    )
+    if data.chat_template is not None:
+        loaded.tokenizer.chat_template = data.chat_template
+    if training.gradient_checkpointing:
+        checkpoint_gradients(loaded.model)
+    check_fit(recipe, loaded.model, data)
+    feed = _feed(recipe, loaded, data, accelerator)
+    return _assemble(recipe, accelerator, loaded, data, feed)
+
+
+def _assemble(
+    recipe: FinetuneRecipe, accelerator: Accelerator, loaded: LoadedModel, data: TrainingData, feed: Feed
+) -> Setup:
+    training = recipe.training
+    length = run_length(
+        rows=len(data.train),
+        global_batch=feed.global_batch,
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+    )
+    units = feed.units(length.steps, length.steps_per_epoch)
+    parameters = saved_parameters(loaded.model)
+    start = None
+    if recipe.optimizer.name == "ivon":
+        start = starting_point(recipe.optimizer, list(parameters.values()), units_seen=units, steps=length.steps)
+    optimizer = build_optimizer(
+        recipe.optimizer,
+        parameters.values(),
+        start=start,
+        seed=training.seed,
+        batch_units=units / length.steps,
+    )
+    resume = training.resume_from_checkpoint
+    identity = Identity(
+        recipe=recipe.resolved(),
+        base=loaded.base.fingerprint,
+        data=data.train.fingerprint,
+        global_batch=feed.global_batch,
+        origin=resume if isinstance(resume, str) else None,
+        start={} if start is None else asdict(start),
+    )
+    monitor = Monitor(optimizer) if isinstance(optimizer, IVON) else None
+    return Setup(recipe, accelerator, loaded, data, parameters, optimizer, start, monitor, feed, length, identity)
+
+
+def check_fit(recipe: FinetuneRecipe, model: Any, data: TrainingData) -> None:
+    """Makes sure that data, model and options can work together.
+
+    Raises:
+        FinetuneError: a token or a position the model has no place for, or weights that loss scaling cannot train.
+    """
+    held = list(data.eval.values())
+    largest = max(rows.largest_token for rows in (data.train, *held))
+    known = model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise FinetuneError(
+            f"model {recipe.model.path}: the data holds token {largest}, the embedding has {known} rows; expected a "
+            "tokenizer of this model"
+        )
+    longest = max(int(rows.lengths.max(initial=0)) for rows in (data.train, *held))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and longest > positions:
+        raise FinetuneError(
+            f"data.max_length: the longest row has {longest} tokens, {recipe.model.path} has {positions} positions; "
+            f"expected at most {positions}"
+        )
+    if recipe.training.fp16 and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
+        raise FinetuneError("training.fp16: the loss is scaled for weights in float32; set `model.dtype: float32`")
+
+
+def _feed(recipe: FinetuneRecipe, loaded: LoadedModel, data: TrainingData, accelerator: Accelerator) -> Feed:
+    training = recipe.training
+    flatten = data.train.packed and "flash" in (recipe.model.attn_implementation or "")
+    if data.train.packed:
+        fault = packing_fault(loaded.model, vocabulary=data.train.largest_token + 1, flatten=flatten)
+        if fault is not None:
+            raise FinetuneError(f"data.packing: {recipe.model.path} cannot train on packed rows: {fault}")
+    pad = loaded.tokenizer.pad_token_id
+    return Feed(
+        rows=data.train,
+        pad_token_id=0 if pad is None else pad,
+        seed=_data_seed(training),
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        workers=training.dataloader_num_workers,
+        flatten=flatten,
+    )
+
+
+def _data_seed(training: TrainingSpec) -> int:
+    return training.seed if training.data_seed is None else training.data_seed
+
+
+@contextmanager
+def without_cache(model: Any) -> Iterator[None]:
+    """Keeps a model from collecting keys and values for a generation that does not come."""
+    config = model.config
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before
