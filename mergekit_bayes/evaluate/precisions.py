@@ -1,0 +1,111 @@
+"""Precisions as a prediction is given them: in memory, or a sidecar with the means it describes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_bayes.checkpoint.adapter import is_adapter, open_adapter
+from mergekit_bayes.checkpoint.files import shown
+from mergekit_bayes.checkpoint.fingerprint import fingerprint
+from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.index import open_checkpoint
+from mergekit_bayes.checkpoint.reader import BlockReader
+from mergekit_bayes.checkpoint.shards import raise_together
+from mergekit_bayes.checkpoint.sidecar import Sidecar, check_sidecar, open_sidecar
+from mergekit_bayes.errors import EvaluateError
+
+__all__ = ["PrecisionSource", "Precisions", "gather_precisions", "read_precisions"]
+
+PrecisionSource = Mapping[str, Tensor] | Mapping[str, float] | str | os.PathLike[str]
+"""Precisions by tensor name, or the path of a sidecar or of its folder"""
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """Precisions with what is known about the means they belong to.
+
+    Attributes:
+        where: how messages call them.
+        values: S by the name of the tensor described; 0-dim where one number is meant for a whole tensor.
+        sidecar: where they come from, if from a file.
+        means_on_disk: the tensors described, if they lie beside the sidecar.
+    """
+
+    where: str
+    values: Mapping[str, Tensor]
+    sidecar: Sidecar | None = None
+    means_on_disk: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def may_be_partial(self) -> bool:
+        """Whether tensors that were not trained may be left out: with a scalar prior, or after a merge."""
+        if self.sidecar is None:
+            return False
+        metadata = self.sidecar.metadata
+        return metadata.prior_precision is not None or metadata.estimator == "merged"
+
+
+def gather_precisions(source: PrecisionSource) -> Precisions:
+    """Brings precisions into memory.
+
+    Args:
+        source: precisions by tensor name (a number stands for a whole tensor), or the path of a sidecar or of its
+            folder. If the weights lie beside the sidecar, it must describe them.
+
+    Raises:
+        CheckpointError: the sidecar cannot be read or trusted, or does not describe the weights beside it.
+        PlanError: several such reasons.
+        EvaluateError: a value is no precision.
+    """
+    if not isinstance(source, Mapping):
+        return _from_disk(Path(source))
+    values = {}
+    for name, value in source.items():
+        if isinstance(value, Tensor):
+            values[name] = value.detach()
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            values[name] = torch.tensor(float(value), dtype=torch.float64)
+        else:
+            seen = f"precision of {shown(name)}: is a {type(value).__name__}"
+            raise EvaluateError(f"{seen}; expected a tensor or a number")
+    return Precisions("precisions", values)
+
+
+def read_precisions(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Returns the precisions of a sidecar as they are stored, whatever weights lie beside it.
+
+    Args:
+        path: a sidecar or the folder that holds it.
+
+    Raises:
+        CheckpointError: it cannot be read or trusted.
+        PlanError: several such reasons.
+    """
+    return _read(open_sidecar(Path(path)))
+
+
+def _read(sidecar: Sidecar) -> dict[str, Tensor]:
+    with BlockReader() as reader:
+        return {name: reader.read_tensor(info) for name, info in sidecar.tensors.items()}
+
+
+def _from_disk(path: Path) -> Precisions:
+    sidecar = open_sidecar(path)
+    described = _means_beside(sidecar.path.parent)
+    if described:
+        print_ = fingerprint(described)
+        raise_together(check_sidecar(sidecar, mean_tensors=described, mean_fingerprint=print_, base_fingerprint=None))
+    return Precisions(shown(sidecar.path), _read(sidecar), sidecar, described)
+
+
+def _means_beside(folder: Path) -> Mapping[str, TensorInfo]:
+    if is_adapter(folder):
+        return open_adapter(folder).tensors
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return open_checkpoint(folder).tensors if any((folder / name).exists() for name in names) else {}
