@@ -92,7 +92,7 @@ def _held_out(s: _Sections) -> Iterator[Problem]:
             message = "a share of the training mixture; each held-out data set is evaluated by itself. Remove it."
             yield Problem(("data", "eval", index, "weight"), message, at_key=True)
         for other, trained in enumerate(s.train):
-            if _rows(entry) == _rows(trained):
+            if _rows(entry) is not None and _rows(entry) == _rows(trained):
                 name = format_path(("data", "train", other))
                 message = f"the rows of `{name}`; give another file or split, or `eval_fraction` instead of `eval`."
                 yield Problem(("data", "eval", index, "path"), message)
@@ -103,6 +103,15 @@ def _mixture(s: _Sections) -> Iterator[Problem]:
     if all(s.train) and without and len(without) < len(s.train):
         path = ("data", "train", without[0], "weight")
         yield Problem(path, "missing; give every data set a weight, or none, and every row counts once.")
+
+
+def _repeated(s: _Sections) -> Iterator[Problem]:
+    for index, entry in enumerate(s.train):
+        first = next(other for other, earlier in enumerate(s.train) if other == index or _same(earlier, entry))
+        if first < index:
+            name = format_path(("data", "train", first))
+            message = f"the same rows as `{name}`; list them once, with a larger `weight` if they count more."
+            yield Problem(("data", "train", index), message)
 
 
 def _formats(s: _Sections) -> Iterator[Problem]:
@@ -204,6 +213,7 @@ _CHECKS: tuple[Callable[[_Sections], Iterator[Problem]], ...] = (
     _layers,
     _held_out,
     _mixture,
+    _repeated,
     _formats,
     _of_the_task,
     _plain_text,
@@ -237,9 +247,12 @@ def _on(section: _Mapping, key: str) -> bool:
     return isinstance(value, bool | int | float) and value == 1
 
 
-def _rows(entry: _Mapping) -> tuple[object, ...]:
-    """Which rows a data set is; one whose path is faulty is like no other."""
-    path = entry.get("path")
-    if not isinstance(path, str):
-        return (object(),)
-    return (path, entry.get("name"), entry.get("split", "train"))
+def _rows(entry: _Mapping) -> tuple[object, ...] | None:
+    """Which rows a data set is; None where its path is faulty."""
+    return (entry["path"], entry.get("name"), entry.get("split", "train")) if "path" in entry else None
+
+
+def _same(one: _Mapping, other: _Mapping) -> bool:
+    """Whether two data sets read the same of the same rows."""
+    how = [(entry.get("format"), entry.get("columns")) for entry in (one, other)]
+    return _rows(one) is not None and _rows(one) == _rows(other) and how[0] == how[1]
