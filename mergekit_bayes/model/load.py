@@ -109,12 +109,16 @@ def checkpoint_gradients(model: Any) -> None:
     Raises:
         ModelError: the architecture cannot do it.
     """
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model
     try:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(inner, "activation_checkpointing_enable"):  # the newer name
+            inner.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
     except FAILURES as error:
         raise failure("training.gradient_checkpointing", error) from error
-    if hasattr(model, "peft_config"):
-        model.enable_input_require_grads()
+    if inner is not model:
+        inner.enable_input_require_grads()
 
 
 @dataclass(frozen=True)

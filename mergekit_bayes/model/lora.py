@@ -54,6 +54,8 @@ def add_lora(model: Any, spec: AdapterSpec, *, task: str, whole: Sequence[str], 
     with seeded(seed), warnings.catch_warnings():
         # PEFT settles how a layer stores its weight by the layer, whatever the recipe has, and merges do likewise
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        warnings.filterwarnings("ignore", message="The following .* keys did not match")  # refused below
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         try:
             adapted = peft.get_peft_model(model, peft.LoraConfig(task_type=_TASKS[task], **options), ADAPTER_NAME)
         except FAILURES as error:
