@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from mergekit_bayes.checkpoint.files import brief
+from mergekit_bayes.data.files import Place
 from mergekit_bayes.data.messages import Message
-from mergekit_bayes.data.read import Place
 from mergekit_bayes.data.rows import Encoded, Marks
+from mergekit_bayes.data.tokenise import tokenised
 from mergekit_bayes.errors import DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -69,9 +70,7 @@ class ChatEncoder:
             text, found = self._spans(messages, first, place)
             texts.append(text)
             spans.append([(0, len(text))] if self._whole else found)
-        encoded = self._tokenizer(
-            texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
+        encoded = tokenised(self._tokenizer, texts, add_special_tokens=False, return_offsets_mapping=True)
         both = zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
         return [self._encoded(tokens, offsets, found) for tokens, offsets, found in both]
 
@@ -156,9 +155,9 @@ def _unstable(shorter: str, longer: str, index: int, place: Place) -> str:
     at = next(
         (i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), min(len(shorter), len(longer))
     )
-    seen = f"{brief(longer[at : at + 30])} where the shorter conversation has {brief(shorter[at : at + 30])}"
+    seen = f"{brief(longer[at : at + 30])} where the shorter one has {brief(shorter[at : at + 30])}"
     return (
-        f"{place}: the chat template writes the beginning of a conversation differently when it goes on ({seen}), so that "
+        f"{place}: the chat template writes the beginning of a conversation differently when it goes on ({seen}): "
         f"it does not show where messages[{index}] begins and ends; expected a template with {{% generation %}} around "
         "what the assistant says (`data.chat_template`), or `data.completion_only_loss: false`"
     )

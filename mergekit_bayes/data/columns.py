@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.files import brief, listed
-from mergekit_bayes.data.read import Place, Table
+from mergekit_bayes.data.files import Place
+from mergekit_bayes.data.read import Table
 from mergekit_bayes.data.rows import Task
 from mergekit_bayes.errors import DataError
 from mergekit_bayes.recipe.data import FORMAT_COLUMNS, Format

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mergekit_bayes.data.columns import Columns
+from mergekit_bayes.data.files import Place
+from mergekit_bayes.data.formats import Encoders, Labelled, LabelledReader, reader_for
 from mergekit_bayes.data.labels import FoundLabels, label_indices
-from mergekit_bayes.data.read import Place, Table
+from mergekit_bayes.data.read import Table
 from mergekit_bayes.data.report import DatasetReport
 from mergekit_bayes.data.rows import Encoded
-from mergekit_bayes.data.rows_of_format import Encoders, Labelled, LabelledReader, reader_for
 from mergekit_bayes.errors import DataError
 
 _BATCH = 500  # rows that are tokenised at once
@@ -88,13 +89,15 @@ def encode(
     records = itertools.islice(table.records(), max_rows)
     while batch := list(itertools.islice(records, _BATCH)):
         taken = [(place, reader.take(place, row)) for place, row in batch]
-        contents = [(place, content) for place, content in taken if content is not None]
+        found = [(place, content) for place, content in taken if content is not None]
+        keys = [_digest(reader.key(content), place) for place, content in found]
         report.read += len(batch)
-        report.empty += len(batch) - len(contents)
-        for (place, content), row in zip(contents, reader.encode([c for _, c in contents]), strict=True):
+        report.empty += len(batch) - len(found)
+        encoded = reader.encode([content for _, content in found])
+        for (place, content), key, row in zip(found, keys, encoded, strict=True):
             kept = fitting.fit(row, reader, place, content)
             if kept is not None:
-                rows.append(dataclasses.replace(kept, key=_digest(reader.key(content), place)))
+                rows.append(dataclasses.replace(kept, key=key))
                 label_of += [content.label] if isinstance(content, Labelled) else []
     fitting.check()
     report.notes += [

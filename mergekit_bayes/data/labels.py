@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mergekit_bayes.checkpoint.files import brief, listed, shown
-from mergekit_bayes.data.read import Place
+from mergekit_bayes.data.files import Place
 from mergekit_bayes.errors import DataError
 from mergekit_bayes.recipe.problem import did_you_mean
 

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from mergekit_bayes.checkpoint.files import shown
 from mergekit_bayes.data.columns import Columns, choose_columns
 from mergekit_bayes.data.encode import EncodedSet, Limit, encode
+from mergekit_bayes.data.formats import Encoders
 from mergekit_bayes.data.held_out import hold_out, without_held_out
 from mergekit_bayes.data.labels import FoundLabels, label_names
 from mergekit_bayes.data.locate import find
@@ -19,14 +20,12 @@ from mergekit_bayes.data.packing import pack, windows
 from mergekit_bayes.data.read import Table, Tables, open_table
 from mergekit_bayes.data.report import DataReport, DatasetReport
 from mergekit_bayes.data.rows import Encoded, Rows, Task, mixture
-from mergekit_bayes.data.rows_of_format import Encoders
 from mergekit_bayes.errors import DataError
 
 if TYPE_CHECKING:
     from mergekit_bayes.recipe.data import DatasetSpec, DataSpec
 
 Role = Literal["train", "eval"]
-T = TypeVar("T")
 
 _NO_LIMIT = 10**9  # tokenizers without a limit of their own say 10^30
 

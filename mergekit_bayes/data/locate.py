@@ -112,7 +112,13 @@ def kind_of(path: PurePath) -> str | None:
 def _on_hub(spec: DatasetSpec, recipe_dir: Path | None) -> HubDataset:
     name, mark, revision = spec.path.partition("@")
     named_like_a_file = kind_of(PurePath(spec.path)) is not None
-    if named_like_a_file or not _HUB_ID.fullmatch(name) or ".." in name or bool(mark) != bool(revision):
+    if (
+        named_like_a_file
+        or len(name) > 96
+        or not _HUB_ID.fullmatch(name)
+        or ".." in name
+        or bool(mark) != bool(revision)
+    ):
         places = [Path(spec.path).absolute()]
         if recipe_dir is not None:
             places.append((recipe_dir / spec.path).absolute())

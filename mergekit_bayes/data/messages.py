@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from mergekit_bayes.checkpoint.files import brief
-from mergekit_bayes.data.read import Place
+from mergekit_bayes.data.files import Place
 from mergekit_bayes.errors import DataError
 
 Message: TypeAlias = Mapping[str, object]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,38 @@ import numpy as np
 
 from mergekit_bayes.data.rows import Encoded, Tokens
 from mergekit_bayes.errors import DataError
+
+_AT_ONCE = 1_000_000  # characters; a fast tokenizer needs some 200 bytes of memory for each
+_LINE_START = re.compile(r"\n(?=\S)")
+
+
+def tokenised(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None = None, **options: Any
+) -> dict[str, list[Any]]:
+    """What a tokenizer makes of texts, a few at a time.
+
+    Args:
+        tokenizer: of transformers.
+        texts: any number of them.
+        pairs: the second text of each; None where there are none.
+        options: of the tokenizer.
+
+    Returns:
+        The tokenizer's fields, one entry per text.
+    """
+    fields: dict[str, list[Any]] = {"input_ids": []}
+    start = 0
+    while start < len(texts):
+        stop, size = start, 0
+        while stop < len(texts) and (stop == start or size + len(texts[stop]) <= _AT_ONCE):
+            size += len(texts[stop])
+            stop += 1
+        second = None if pairs is None else list(pairs[start:stop])
+        found = tokenizer(list(texts[start:stop]), second, return_attention_mask=False, verbose=False, **options)
+        for name, values in found.items():
+            fields.setdefault(name, []).extend(values)
+        start = stop
+    return fields
 
 
 class TextEncoder:
@@ -39,7 +72,11 @@ class TextEncoder:
 
     def texts(self, texts: Sequence[str]) -> list[Encoded]:
         """Rows that are learned as a whole."""
-        return [self._row(tokens, 0) for tokens in self._tokens(texts)] if texts else []
+        if not texts:
+            return []
+        pieces = [_pieces(text) for text in texts]
+        tokens = iter(self._tokens([piece for text in pieces for piece in text]))
+        return [self._row([token for _ in text for token in next(tokens)], 0) for text in pieces]
 
     def completions(self, pairs: Sequence[tuple[str, str]]) -> list[Encoded]:
         """Rows of (prompt, completion) of which completions are learned.
@@ -65,9 +102,7 @@ class TextEncoder:
         return Encoded(ids, np.arange(len(ids)) >= max(1, learned_from))
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-        tokens: list[list[int]] = encoded["input_ids"]
-        return tokens
+        return tokenised(self._tokenizer, texts, add_special_tokens=False)["input_ids"]
 
 
 class LabelledEncoder:
@@ -95,19 +130,24 @@ class LabelledEncoder:
         if not texts:
             return []
         options: dict[str, Any] = {} if max_length is None else {"truncation": True, "max_length": max_length}
-        encoded = self._tokenizer(
-            list(texts),
-            None if pairs is None else list(pairs),
-            return_attention_mask=False,
-            return_token_type_ids=self._typed,
-            verbose=False,
-            **options,
-        )
+        encoded = tokenised(self._tokenizer, texts, pairs, return_token_type_ids=self._typed, **options)
         types = encoded["token_type_ids"] if self._typed else [None] * len(texts)
         return [
             Encoded(_ids(tokens), token_types=None if kinds is None else _ids(kinds))
             for tokens, kinds in zip(encoded["input_ids"], types, strict=True)
         ]
+
+
+def _pieces(text: str) -> list[str]:
+    """A text in pieces of which a tokenizer can take one at a time."""
+    pieces, start = [], 0
+    while len(text) - start > _AT_ONCE:
+        # words do not reach over a line end, so that the tokens are those of the whole text
+        found = [match.end() for match in _LINE_START.finditer(text, start, start + _AT_ONCE)]
+        end = found[-1] if found else start + _AT_ONCE
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
 
 
 def _ids(tokens: Sequence[int]) -> Tokens:

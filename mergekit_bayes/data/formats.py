@@ -9,9 +9,9 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from mergekit_bayes.data.chat import ChatEncoder
 from mergekit_bayes.data.columns import Columns
+from mergekit_bayes.data.files import Place
 from mergekit_bayes.data.labels import FoundLabels
 from mergekit_bayes.data.messages import Message, canonical, conversation
-from mergekit_bayes.data.read import Place
 from mergekit_bayes.data.rows import Encoded
 from mergekit_bayes.data.tokenise import LabelledEncoder, TextEncoder
 from mergekit_bayes.errors import DataError
