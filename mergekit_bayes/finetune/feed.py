@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bayes.data import batches, collate
@@ -70,8 +71,8 @@ class Feed:
     def units(self, steps: int, steps_per_epoch: int) -> int:
         """Returns the training units of the first so many steps, repetitions counted."""
         whole, rest = divmod(steps, steps_per_epoch)
-        each = [units for _, units in self._dealt(0)]
-        return whole * sum(each) + sum(each[:rest])
+        full = sum(units for epoch in range(whole) for _, units in self._dealt(epoch))
+        return full + sum(units for _, units in islice(self._dealt(whole), rest))
 
     def steps(self, *, first: int, steps_per_epoch: int) -> Iterator[StepData]:
         """Yields the data of the step after `first` steps, and of all that follow, without end.

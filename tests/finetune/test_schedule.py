@@ -19,7 +19,7 @@ from mergekit_bayes.finetune.schedule import learning_rate, run_length, warmup_s
         (1, 64, 1.0, -1, 1, 1),
     ],
 )
-def test_a_run_is_as_long_as_asked(  # noqa: PLR0917 - one argument per column of the table
+def test_a_run_is_as_long_as_asked(
     rows: int, batch: int, epochs: float, max_steps: int, steps: int, per_epoch: int
 ) -> None:
     length = run_length(rows=rows, global_batch=batch, num_train_epochs=epochs, max_steps=max_steps)
