@@ -32,7 +32,7 @@ def plan(
     """
     with exit_codes():
         checked = load(recipe, changes)
-        print(_PLANS[checked.kind](checked, out, given_only(steps=steps)))
+        print(_PLANS[checked.kind](checked, out, given_only(steps=steps)).rstrip("\n"))
 
 
 def _merge(recipe: MergeRecipe, out: Path | None, options: Mapping[str, Any]) -> str:

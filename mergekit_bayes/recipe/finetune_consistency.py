@@ -82,10 +82,11 @@ def _layers(s: _Sections) -> Iterator[Problem]:
 
 
 def _held_out(s: _Sections) -> Iterator[Problem]:
-    fraction = s.data.get("eval_fraction")
+    fraction, written = s.data.get("eval_fraction"), s.data.get("eval")
     if s.eval and fraction is not None:
         yield Problem(("data", "eval_fraction"), "held-out rows beside `eval`; keep one of them.")
-    if s.data.get("eval") in (None, []) and fraction is None and s.training.get("eval_steps") is not None:
+    nothing = written is None or (isinstance(written, list | tuple) and not written)
+    if nothing and fraction is None and s.training.get("eval_steps") is not None:
         yield Problem(("training", "eval_steps"), "nothing to evaluate on; set `data.eval` or `data.eval_fraction`.")
     for index, entry in enumerate(s.eval):
         if entry.get("weight") is not None:
