@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,5 +14,5 @@ class Replayed:
     def __init__(self, sequence: Iterable[Tensor]) -> None:
         self._sequence = iter(sequence)
 
-    def normal(self, like: Tensor, key: int, index: int) -> Tensor:
-        return next(self._sequence).to(torch.float32).reshape(like.shape).clone()
+    def normal(self, device: torch.device, key: int, ranges: Sequence[tuple[int, int]]) -> list[Tensor]:
+        return [next(self._sequence).to(device, torch.float32).flatten().clone() for _ in ranges]

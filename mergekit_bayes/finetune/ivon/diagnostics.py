@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.ivon.sharding import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,8 @@ class Diagnostics:
 def diagnose(optimizer: IVON) -> Diagnostics:
     """Measures mean and curvature as they are now; costs about one step.
 
+    With sharded parameters every process calls it: one parameter at a time is gathered.
+
     Raises:
         FinetuneError: no parameter has state yet.
     """
@@ -55,11 +58,11 @@ def diagnose(optimizer: IVON) -> Diagnostics:
             state = optimizer.state.get(parameter)
             if not state:
                 continue
-            hess, mean = state["hess"], parameter.detach().float()
+            hess, momentum, mean = whole(state["hess"]), whole(state["momentum"]), whole(parameter).float()
             precision = hess + group["solved_weight_decay"]
             ratio = hess / group["hess_init"]
             correction = 1 - group["beta1"] ** max(state["step"], 1) if group["debias"] else 1.0
-            direction = (state["momentum"] / correction + group["weight_decay"] * mean) / precision
+            direction = (momentum / correction + group["weight_decay"] * mean) / precision
             entries += hess.numel()
             moved += int(((ratio < 0.9) | (ratio > 1.1)).sum())
             clipped += int((direction.abs() >= group["clip_radius"]).sum())
@@ -123,7 +126,8 @@ def starting_values(
     Raises:
         FinetuneError: nothing to derive from, or a ratio that this weight_decay does not allow.
     """
-    known = [p.detach().double() for p in parameters if p.requires_grad and bool((p != 0).any())]
+    given = [whole(p).double() for p in parameters if p.requires_grad]
+    known = [p for p in given if bool((p != 0).any())]
     if not known or units_seen < 1 or steps < 1:
         raise FinetuneError("IVON starting values: expected a trainable parameter other than zero; units, steps >= 1")
     if not (0 < noise_to_weight < math.inf and 0 < remaining_share < 1):

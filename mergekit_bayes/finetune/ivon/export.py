@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.ivon.sharding import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,8 @@ def export_precision(
 ) -> Exported:
     """Returns the precision of every trained parameter at data scale, S = N (h + weight_decay).
 
-    The posterior sampled in training had the precision ess (h + weight_decay): ess / N colder.
+    The posterior sampled in training had the precision ess (h + weight_decay): ess / N colder. With sharded parameters
+    every process calls this and gets the whole.
 
     Args:
         optimizer: after training.
@@ -64,7 +66,7 @@ def export_precision(
         state, group = optimizer.state.get(parameter), groups.get(parameter)
         if not state or group is None:
             raise FinetuneError(f"export of precisions: {name} has no curvature; was it ever sampled?")
-        hess = state["hess"].cpu()
+        hess = whole(state["hess"]).cpu()
         if debias:
             hess, raised = _debiased(name, hess, state["hess_init_share"], group["hess_init"], relative_floor)
             floored += raised

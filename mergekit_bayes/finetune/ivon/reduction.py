@@ -10,12 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.ivon.underway import Work
+
 __all__ = ["average_over_processes", "process_rank"]
 
 BUCKET = 1 << 23
 """Elements that travel together: 32 MiB, the only transient memory of the reduction."""
 
-Work = list[tuple[dict[str, Any], Tensor, Tensor, Tensor]]
+PROBE = 4096
+"""Entries that are looked at to find out whether gradients were averaged before."""
 
 
 def process_rank() -> int:
@@ -33,6 +37,9 @@ def average_over_processes(work: Work, trainable: Sequence[tuple[dict[str, Any],
     Returns:
         The work, with what got a gradient in other processes only added (this one's share is zero), and whether
         all averages are finite.
+
+    Raises:
+        FinetuneError: the gradients are the same in all processes already; the products would not be.
     """
     health = _finite([tensor for _, _, *pair in work for tensor in pair])
     if not (dist.is_available() and dist.is_initialized()):
@@ -52,6 +59,7 @@ def average_over_processes(work: Work, trainable: Sequence[tuple[dict[str, Any],
                 torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False),
             )
             whole.append((group, parameter, *pair))
+    own = [gradient.flatten()[:PROBE].float().clone() for _, _, gradient, _ in whole[:1]]
     tensors = [tensor for _, _, *pair in whole for tensor in pair]
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1).float() for tensor in bucket])
@@ -60,7 +68,17 @@ def average_over_processes(work: Work, trainable: Sequence[tuple[dict[str, Any],
         parts = torch.split(flat, [tensor.numel() for tensor in bucket])
         for tensor, part in zip(bucket, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
+    _check_that_they_differed(own, [gradient.flatten()[:PROBE].float() for _, _, gradient, _ in whole[:1]])
     return whole, _finite(tensors)
+
+
+def _check_that_they_differed(own: list[Tensor], averages: list[Tensor]) -> None:
+    """With noise of their own, two processes never have the same gradient; with gradients averaged before, always."""
+    for mine, average in zip(own, averages, strict=True):
+        size = average.abs().max() if average.numel() else average.sum()
+        if dist.get_world_size() > 1 and bool(size > 0) and bool((mine - average).abs().max() <= 1e-6 * size):
+            seen = "IVON: noise 'per_process', but the gradients are the same in all processes; expected those of each"
+            raise FinetuneError(f"{seen} process: wrap the backward pass in `no_sync`, or use noise='shared'")
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
