@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from mergekit_bayes.recipe.model import ModelSpec
 
 
+_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with what it takes to train it and to say later what it was trained from.
@@ -34,11 +37,15 @@ class LoadedModel:
         model: a PEFT model if there is an adapter, else a transformers model; in evaluation mode.
         tokenizer: of the base; it has a padding token.
         base: identity of the base, and starting values of what the base has not.
+        longest_row: tokens that its learned position embeddings can hold; None if it has none of these.
+        vocabulary: rows of its embedding; a tokenizer may know more tokens than that.
     """
 
     model: Any
     tokenizer: Any
     base: BaseIdentity
+    longest_row: int | None
+    vocabulary: int
 
 
 def load_for_training(
@@ -88,16 +95,27 @@ def load_for_training(
     check_finite(model, checkpoint, quantised=quantised)
     model.name_or_path = base.path
     keep_codes(model)
+    limits = {"longest_row": longest_row(model), "vocabulary": model.get_input_embeddings().weight.shape[0]}
     if adapter is None:
         on_disk = names_on_disk(model)
         starts = {on_disk[name]: value for name, value in starts.items()}
-        return LoadedModel(model, tokenizer, replace(base, fresh=starts))
+        return LoadedModel(model, tokenizer, replace(base, fresh=starts), **limits)
     whole = (*head_modules(model), *fresh) if spec.task == "sequence_classification" else ()
     adapted = add_lora(model, adapter, task=spec.task, whole=tuple(dict.fromkeys(whole)), seed=seed)
     _fill(adapted, {_trained_name(name, fresh): value for name, value in starts.items()})
     config = adapted.peft_config[ADAPTER_NAME]
     config.base_model_name_or_path, config.revision = base.path, base.revision
-    return LoadedModel(adapted, tokenizer, replace(base, fresh=starts))
+    return LoadedModel(adapted, tokenizer, replace(base, fresh=starts), **limits)
+
+
+def longest_row(model: nn.Module) -> int | None:
+    """The number of tokens that learned, absolute position embeddings can hold; None for rotary and relative ones."""
+    found = [
+        module.num_embeddings - getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS
+    ]
+    return min(found, default=None)
 
 
 def checkpoint_gradients(model: Any) -> None:
@@ -138,6 +156,11 @@ class _Loading:
         import transformers
 
         what = f"model {shown(self.spec.path)}: transformers cannot load it"
+        if "/" in (self.spec.attn_implementation or ""):
+            raise ModelError(
+                f"model.attn_implementation: {shown(str(self.spec.attn_implementation))} is code from the hub, which "
+                "this library never runs; expected eager, sdpa, flash_attention_2 or another that is installed"
+            )
         classes = {
             "causal_lm": transformers.AutoModelForCausalLM,
             "sequence_classification": transformers.AutoModelForSequenceClassification,

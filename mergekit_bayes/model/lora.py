@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ADAPTER_NAME = "default"
 
+_ALL_LINEAR = "all-linear"
 _TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 
 
@@ -51,6 +52,10 @@ def add_lora(model: Any, spec: AdapterSpec, *, task: str, whole: Sequence[str], 
     raise_if_any(_unknown_names(spec, names, [_type_name(model)]))
     frozen_dtypes = {name: _dtype(model.get_submodule(name)) for name in _reached(saved, names)}
     options = _options(spec, saved or None)
+    if isinstance(spec.target_modules, str) and spec.target_modules.lower() == _ALL_LINEAR:
+        # PEFT picks layers among short names only
+        picky = spec.layers_to_transform is not None
+        options["target_modules"] = _linear_modules(model, names, apart=_reached(saved, names), short_only=picky)
     with seeded(seed), warnings.catch_warnings():
         # PEFT settles how a layer stores its weight by the layer, whatever the recipe has, and merges do likewise
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -98,6 +103,35 @@ def _options(spec: AdapterSpec, saved: list[str] | None) -> dict[str, Any]:
     return {**options, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "modules_to_save": saved}
 
 
+def _linear_modules(model: Any, names: Sequence[str], *, apart: Sequence[str], short_only: bool) -> list[str]:
+    """What `all-linear` means: by short names if those reach nothing else, else by full ones.
+
+    PEFT's own reading includes the fused experts of some architectures, whose factors are no matrices.
+    """
+    modules = dict(model.named_modules())
+    head = model.get_output_embeddings()
+    found = [name for name in names if _is_linear(modules[name]) and modules[name] is not head]
+    found = [name for name in found if name not in _below(found, apart)]
+    experts = [name for name, parameter in model.named_parameters() if parameter.dim() > 2 and "expert" in name]
+    if experts:
+        warnings.warn(
+            f"adapter.target_modules: all-linear leaves out {len(experts)} fused experts such as {experts[0]}, which "
+            "are no linear layers; they stay as they are",
+            stacklevel=2,
+        )
+    short = sorted({name.rpartition(".")[2] for name in found})
+    reached = [name for name in names if any(_ends_in(name, each) for each in short)]
+    return short if short_only or set(reached) - set(_below(reached, apart)) == set(found) else found
+
+
+def _below(names: Iterable[str], others: Sequence[str]) -> list[str]:
+    return [name for name in names if any(_under(name, other) for other in others)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
@@ -119,10 +153,7 @@ def _unknown_names(spec: AdapterSpec, names: Sequence[str], own: Sequence[str]) 
 def _unadaptable(model: Any) -> Iterator[str]:
     for name, module in adapted_modules(model).items():
         factors = [p for key, p in module.named_parameters() if "lora_" in key]
-        if (
-            not isinstance(_base_layer(module), nn.Linear | nn.Embedding)
-            and type(_base_layer(module)).__name__ != "Conv1D"
-        ):
+        if not _is_linear(_base_layer(module)) and not isinstance(_base_layer(module), nn.Embedding):
             kind = type(_base_layer(module)).__name__
             yield f"target_modules: {name} is a {kind}; expected linear layers and embeddings, which merges know"
         elif any(factor.dim() != 2 for factor in factors):

@@ -89,6 +89,7 @@ def keep_codes(model: nn.Module) -> None:
     evaluated would differ from one that is not. It also wants a kernel of its own from the hub for them, and layers
     whose outputs are a multiple of 32.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -58,12 +58,13 @@ def save_trained(
             folder.mkdir(parents=True, exist_ok=True)
     stem = "adapter_model" if adapted else "model"
     tensors = adapter_tensors(inner) if adapted else checkpoint_tensors(inner)
+    about = _provenance(inner, base)
     limit = 1 << 62 if adapted else max_shard_bytes
-    _write_tensors(folder, stem, tensors, base=base, write=write, max_shard_bytes=limit)
+    _write_tensors(folder, stem, tensors, about=about, write=write, max_shard_bytes=limit)
     if not write:
         return
     if base.fresh:
-        _write_tensors(folder, FRESH_NAME.removesuffix(".safetensors"), base.fresh, base=base)
+        _write_tensors(folder, FRESH_NAME.removesuffix(".safetensors"), base.fresh, about=about)
     if adapted:
         write_atomically(folder / "adapter_config.json", _adapter_configuration(inner, base))
     else:
@@ -78,12 +79,12 @@ def _write_tensors(
     stem: str,
     tensors: Mapping[str, Tensor],
     *,
-    base: BaseIdentity,
+    about: str,
     write: bool = True,
     max_shard_bytes: int = 1 << 62,
 ) -> None:
     entries = [TensorEntry(name, dtype_of(tensor), tuple(tensor.shape)) for name, tensor in sorted(tensors.items())]
-    metadata = {"format": "pt", METADATA_KEY: _provenance(base)}
+    metadata = {"format": "pt", METADATA_KEY: about}
     layouts = layout_shards(entries, stem=stem, max_shard_bytes=max_shard_bytes, metadata=metadata)
     for layout in layouts:
         if not write:
@@ -104,8 +105,16 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(-1)
 
 
-def _provenance(base: BaseIdentity) -> str:
-    content = {"base_fingerprint": base.fingerprint, "base_model": base.path, "base_revision": base.revision}
+def _provenance(model: Any, base: BaseIdentity) -> str:
+    """What a file says about itself in its header; an adapter has no other place for the names of labels."""
+    content: dict[str, object] = {
+        "base_fingerprint": base.fingerprint,
+        "base_model": base.path,
+        "base_revision": base.revision,
+    }
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "problem_type", None) == "single_label_classification":
+        content["labels"] = [config.id2label[index] for index in sorted(config.id2label)]
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 

@@ -85,6 +85,7 @@ def test_a_decoder_knows_its_padding(base: Bases) -> None:
 def test_a_head_of_several_layers_is_trained_whole_and_has_no_factors(tmp_path: Path) -> None:
     folder = other_architecture("RobertaConfig", "RobertaForMaskedLM", tmp_path / "m", pad_token_id=0)
     loaded = load(folder, AdapterSpec(), labels=LABELS)
+    assert loaded.longest_row == 31  # positions count from after the padding token
     head = {f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")}
     assert set(loaded.base.fresh) == head
     names = {name.removeprefix("base_model.model.") for name in saved_parameters(loaded.model)}

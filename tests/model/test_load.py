@@ -16,9 +16,9 @@ from mergekit_bayes.errors import CheckpointError, MergekitBayesError, MissingTe
 from mergekit_bayes.model import checkpoint_gradients, saved_parameters
 from mergekit_bayes.model.lora import adapted_modules, add_lora
 from mergekit_bayes.recipe.adapter import AdapterSpec
-from tests.model.builders import TOKENS, equal, load, logits
+from tests.model.builders import LABELS, TOKENS, equal, load, logits
 from tests.model.conftest import Bases
-from tests.tiny_models import tiny_model
+from tests.tiny_models import VOCABULARY, tiny_model
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -107,6 +107,7 @@ def test_factors_depend_on_the_seed_alone(base: Bases) -> None:
             {"target_modules": ("q_proj", "k_proj"), "layers_to_transform": (0,), "layers_pattern": "layers"},
             {"r": 8, "s": 2.0, "modules": 2},
         ),
+        ({"layers_to_transform": (1,)}, {"r": 8, "s": 2.0, "modules": 7}),
         ({"target_modules": ("embed_tokens",)}, {"r": 8, "s": 2.0, "modules": 1}),
     ],
 )
@@ -183,6 +184,24 @@ def test_loading_is_quiet(base: Bases, capfd: pytest.CaptureFixture[str]) -> Non
     load(base("llama"), AdapterSpec())
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize(("name", "longest"), [("llama", None), ("gpt2", 32), ("bert_masked_lm", 32)])
+def test_limits_of_rows(base: Bases, name: str, longest: int | None) -> None:
+    loaded = load(base(name), labels=LABELS)
+    assert (loaded.longest_row, loaded.vocabulary) == (longest, VOCABULARY)
+
+
+def test_all_linear_leaves_fused_experts_alone_and_says_so(base: Bases) -> None:
+    with pytest.warns(UserWarning, match=r"leaves out 4 fused experts such as model\.layers\.0\.mlp\.experts\.\w+"):
+        loaded = load(base("mixtral"), AdapterSpec())
+    assert {name.rpartition(".")[2] for name in adapted_modules(loaded.model)} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
+    assert not loaded.model.peft_config["default"].target_parameters
 
 
 # --- refusals
@@ -282,6 +301,11 @@ def test_a_configuration_that_does_not_fit(
         load(folder)
 
 
+def test_attention_from_the_hub_is_not_run(base: Bases) -> None:
+    with pytest.raises(ModelError, match=r"attn_implementation: org/kernel is code from the hub"):
+        load(base("llama"), attn_implementation="org/kernel")
+
+
 def test_an_attention_implementation_nobody_knows(base: Bases) -> None:
     with pytest.raises(ModelError, match=r"transformers cannot load it: .*attn_implementation"):
         load(base("llama"), attn_implementation="telepathy")
@@ -307,7 +331,7 @@ def test_an_attention_implementation_nobody_knows(base: Bases) -> None:
             {"target_modules": ("q_proj",), "layers_to_transform": (0, 7)},
             r"adapter\.layers_to_transform: there is no adapted module in layer 7",
         ),
-        ({"layers_to_transform": 0}, "cannot be used when `target_modules` is a str"),
+        ({"target_modules": r".*\.q_proj", "layers_to_transform": 0}, "cannot be used when `target_modules` is a str"),
         (
             {"target_modules": ("q_proj", "v_proj"), "exclude_modules": ("v_proj",)},
             "every module that v_proj fits is left out by another key",

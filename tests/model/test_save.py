@@ -103,6 +103,14 @@ def test_a_hub_model_is_named_by_its_id_and_commit(
     assert (config["base_model_name_or_path"], config["revision"]) == ("org/tiny", commit)
 
 
+def test_short_names_say_all_linear(base: Bases, tmp_path: Path) -> None:
+    config = json.loads(
+        (saved(tmp_path / "out", load(base("llama"), AdapterSpec())) / "adapter_config.json").read_text()
+    )
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert (config["target_modules"], config["lora_alpha"]) == (names, 16)
+
+
 def test_the_adapter_s_file_knows_its_base(base: Bases, tmp_path: Path) -> None:
     loaded = load(base("llama"), AdapterSpec())
     adapter = open_adapter(saved(tmp_path / "out", loaded))
@@ -151,7 +159,9 @@ def test_a_classifier_s_adapter_loads_on_its_base(tmp_path: Path) -> None:
     folder = saved(tmp_path / "out", loaded)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=3)
     assert torch.equal(logits(peft.PeftModel.from_pretrained(plain, folder).eval()), logits(loaded.model))
-    assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["modules_to_save"], config["target_modules"]) == (["classifier"], ["query", "value"])
+    assert json.loads(open_adapter(folder).metadata[METADATA_KEY])["labels"] == list(LABELS)
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(target_modules=("query",)), None], ids=["adapter", "full"])
