@@ -121,8 +121,11 @@ def plan_merge(recipe: MergeRecipe, out: Path | None = None, *, recipe_dir: Path
         The plan.
 
     Raises:
+        RecipeError: it is a recipe of another kind.
         PlanError: everything that stands in the way, at once.
     """
+    if recipe.kind != "merge":  # for callers without a type checker: `load_recipe` reads every kind
+        raise RecipeError(f"kind: found `{recipe.kind}`; expected `merge`, the kind that this call plans")
     folder = recipe_dir or Path.cwd()
     setting = _setting(recipe, folder)
     untied = False
