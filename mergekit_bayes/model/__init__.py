@@ -7,8 +7,8 @@
     write_precision       the sidecar beside it
     check_launch          do the processes of this run know of each other
 
-The files: base (found, checked), tokens, head (of a classification), lora, quantisation and load make the model;
-names, save and sidecar write it; launch; library (transformers without its noise).
+The files: base (found, checked), tokens, pretrained, head (of a classification), quantisation, lora, targets and load
+make the model; names, save and sidecar write it; launch; library (transformers without its noise).
 """
 
 from __future__ import annotations

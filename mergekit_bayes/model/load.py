@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_bayes.checkpoint.files import shown
-from mergekit_bayes.checkpoint.index import Checkpoint
 from mergekit_bayes.errors import ModelError
-from mergekit_bayes.model.base import BaseIdentity, check_finite, open_base, stored_dtype
-from mergekit_bayes.model.head import check_labels, find_fresh, head_modules, label_options, starting_values
-from mergekit_bayes.model.library import FAILURES, failure, quiet, seeded
+from mergekit_bayes.model.base import BaseIdentity, open_base
+from mergekit_bayes.model.head import head_modules, starting_values
+from mergekit_bayes.model.library import FAILURES, failure
 from mergekit_bayes.model.lora import ADAPTER_NAME, add_lora
 from mergekit_bayes.model.names import names_on_disk
-from mergekit_bayes.model.quantisation import keep_codes, quantisation_options
+from mergekit_bayes.model.pretrained import Loading, load_pretrained
 from mergekit_bayes.model.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from mergekit_bayes.recipe.adapter import AdapterSpec
     from mergekit_bayes.recipe.model import ModelSpec
-
 
 _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
 
@@ -83,29 +80,23 @@ def load_for_training(
         raise ModelError("model.task: sequence_classification needs the labels of the data, found none")
     checkpoint, base = open_base(spec.path, recipe_dir=recipe_dir)
     tokenizer = load_tokenizer(checkpoint.folder, reference=spec.path)
-    loading = _Loading(spec, checkpoint, tuple(labels or ()), torch.device(device), tokenizer.pad_token_id)
-    quantised = spec.load_in_4bit or spec.load_in_8bit
-    with quiet(), seeded(seed):
-        model, report = loading.pretrained(adapter, training_dtype)
-    where = f"model {shown(spec.path)}"
-    fresh = find_fresh(model, report, where=where, stored=tuple(checkpoint.tensors))
-    loading.check_head(model, fresh, where)
-    starts = starting_values(model, fresh, seed=seed)
-    _fill(model, starts)
-    check_finite(model, checkpoint, quantised=quantised)
+    known = tuple(labels or ()) if spec.task == "sequence_classification" else ()
+    pad = tokenizer.pad_token_id
+    model, fresh = load_pretrained(Loading(spec, adapter, checkpoint, known, torch.device(device), pad, training_dtype))
     model.name_or_path = base.path
-    keep_codes(model)
-    limits = {"longest_row": longest_row(model), "vocabulary": model.get_input_embeddings().weight.shape[0]}
+    starts = starting_values(model, fresh, seed=seed)
+    longest, vocabulary = longest_row(model), int(model.get_input_embeddings().weight.shape[0])
     if adapter is None:
+        _fill(model, starts)
         on_disk = names_on_disk(model)
         starts = {on_disk[name]: value for name, value in starts.items()}
-        return LoadedModel(model, tokenizer, replace(base, fresh=starts), **limits)
-    whole = (*head_modules(model), *fresh) if spec.task == "sequence_classification" else ()
-    adapted = add_lora(model, adapter, task=spec.task, whole=tuple(dict.fromkeys(whole)), seed=seed)
-    _fill(adapted, {_trained_name(name, fresh): value for name, value in starts.items()})
-    config = adapted.peft_config[ADAPTER_NAME]
-    config.base_model_name_or_path, config.revision = base.path, base.revision
-    return LoadedModel(adapted, tokenizer, replace(base, fresh=starts), **limits)
+    else:
+        whole = tuple(dict.fromkeys([*head_modules(model), *fresh])) if known else ()
+        model = add_lora(model, adapter, task=spec.task, whole=whole, seed=seed)
+        _fill(model, {_trained_name(name, fresh): value for name, value in starts.items()})
+        config = model.peft_config[ADAPTER_NAME]
+        config.base_model_name_or_path, config.revision = base.path, base.revision
+    return LoadedModel(model, tokenizer, replace(base, fresh=starts), longest, vocabulary)
 
 
 def longest_row(model: nn.Module) -> int | None:
@@ -137,80 +128,6 @@ def checkpoint_gradients(model: Any) -> None:
         raise failure("training.gradient_checkpointing", error) from error
     if inner is not model:
         inner.enable_input_require_grads()
-
-
-@dataclass(frozen=True)
-class _Loading:
-    """Everything `from_pretrained` is told."""
-
-    spec: ModelSpec
-    checkpoint: Checkpoint
-    labels: tuple[str, ...]
-    device: torch.device
-    pad_token_id: int
-
-    def pretrained(
-        self, adapter: AdapterSpec | None, training_dtype: torch.dtype | None
-    ) -> tuple[Any, Mapping[str, Any]]:
-        """The model and the report on how the checkpoint filled it."""
-        import transformers
-
-        what = f"model {shown(self.spec.path)}: transformers cannot load it"
-        if "/" in (self.spec.attn_implementation or ""):
-            raise ModelError(
-                f"model.attn_implementation: {shown(str(self.spec.attn_implementation))} is code from the hub, which "
-                "this library never runs; expected eager, sdpa, flash_attention_2 or another that is installed"
-            )
-        classes = {
-            "causal_lm": transformers.AutoModelForCausalLM,
-            "sequence_classification": transformers.AutoModelForSequenceClassification,
-        }
-        model_class, options = classes[self.spec.task], self._options(adapter)
-        try:
-            config = self._configuration(transformers)
-            if self.spec.load_in_4bit or self.spec.load_in_8bit:
-                whole = (adapter.modules_to_save or ()) if adapter is not None else ()
-                compute = training_dtype or options["dtype"]
-                options["quantization_config"] = quantisation_options(
-                    self.spec, model_class, config, compute=compute, whole=whole
-                )
-            model, report = model_class.from_pretrained(self.checkpoint.folder, config=config, **options)
-        except FAILURES as error:
-            raise failure(what, error) from error
-        return model, report
-
-    def check_head(self, model: Any, fresh: Sequence[str], where: str) -> None:
-        """Refuses a head from the checkpoint whose labels are not those of the data."""
-        if self.labels and not set(head_modules(model)) & set(fresh):
-            stored = self.checkpoint.config.get("id2label")
-            names = {int(index): str(name) for index, name in stored.items()} if isinstance(stored, dict) else None
-            check_labels(names, self.labels, where)
-
-    def _configuration(self, transformers: Any) -> Any:
-        options = label_options(self.labels) if self.labels else {}
-        config = transformers.AutoConfig.from_pretrained(
-            self.checkpoint.folder, trust_remote_code=False, local_files_only=True, **options
-        )
-        text = config.get_text_config()
-        if self.labels and getattr(text, "pad_token_id", None) is None:
-            text.pad_token_id = self.pad_token_id  # how a decoder finds the last token of each text
-        return config
-
-    def _options(self, adapter: AdapterSpec | None) -> dict[str, Any]:
-        spec, quantised = self.spec, self.spec.load_in_4bit or self.spec.load_in_8bit
-        stored = torch.float32 if adapter is None else stored_dtype(self.checkpoint)
-        if quantised and stored == torch.float16:
-            stored = torch.float32
-        return {
-            "dtype": stored if spec.dtype is None else getattr(torch, spec.dtype),
-            "attn_implementation": spec.attn_implementation,
-            "device_map": {"": self.device} if quantised or self.device.type != "cpu" else None,
-            "use_safetensors": True,
-            "trust_remote_code": False,
-            "local_files_only": True,
-            "output_loading_info": True,
-            "ignore_mismatched_sizes": True,  # reported instead, with both shapes
-        }
 
 
 def _fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:

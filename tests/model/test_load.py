@@ -188,7 +188,7 @@ def test_loading_is_quiet(base: Bases, capfd: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(("name", "longest"), [("llama", None), ("gpt2", 32), ("bert_masked_lm", 32)])
 def test_limits_of_rows(base: Bases, name: str, longest: int | None) -> None:
-    loaded = load(base(name), labels=LABELS)
+    loaded = load(base(name), labels=LABELS, task="sequence_classification")
     assert (loaded.longest_row, loaded.vocabulary) == (longest, VOCABULARY)
 
 
