@@ -141,7 +141,7 @@ class IVON(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._model = None
+        self._model = self.__dict__.get("_model")  # loading a state comes by here too, and leaves the model
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
