@@ -23,11 +23,12 @@ from mergekit_bayes.evaluate.classes import ClassPrediction, predict_probabiliti
 from mergekit_bayes.evaluate.precisions import read_precisions
 from mergekit_bayes.evaluate.pruning import Pruning, prune_posterior
 from mergekit_bayes.evaluate.sampling import sample_posterior
-from mergekit_bayes.evaluate.scores import Score, calibration_gaps, class_scores, token_scores
+from mergekit_bayes.evaluate.scores import BINS, Score, calibration_gaps, class_scores, token_scores
 from mergekit_bayes.evaluate.temperature import ChosenTemperature, choose_temperature
 from mergekit_bayes.evaluate.tokens import TokenPrediction, VocabularyPrediction, predict_next_tokens
 
 __all__ = [
+    "BINS",
     "AttachedPosterior",
     "ChosenTemperature",
     "ClassPrediction",

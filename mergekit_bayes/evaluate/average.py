@@ -13,8 +13,6 @@ import math
 import torch
 from torch import Tensor
 
-from mergekit_bayes.errors import EvaluateError
-
 __all__ = ["LogMean", "Mean", "entropy"]
 
 
@@ -59,6 +57,5 @@ def entropy(log_probabilities: Tensor) -> Tensor:
 
 
 def _some(total: Tensor | None) -> Tensor:
-    if total is None:
-        raise EvaluateError("average over samples: nothing was added")
+    assert total is not None, "an average of nothing"
     return total

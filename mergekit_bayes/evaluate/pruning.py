@@ -62,7 +62,7 @@ class Pruning:
         text += f"pruning by |m| alone would take {self.overlap:.1%} of the same"
         chance = f" ({share:.1%} would be chance)"
         if self.is_magnitude_pruning and self.pruned:
-            return f"{text}: the precision is so nearly constant that this is magnitude pruning"
+            return f"{text}: beside |m| the precision hardly varies, and this is magnitude pruning"
         return text + chance
 
     def restore(self) -> None:

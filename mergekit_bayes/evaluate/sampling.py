@@ -115,7 +115,9 @@ class _Noise:
 
     def normal(self, weight: Weight) -> Tensor:
         device = weight.parameter.device
-        generator = self._generators.setdefault(device, torch.Generator(device))
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        generator = self._generators[device]
         # `person` keeps these numbers apart from those that training drew with the same seed
         digest = blake2b(self._key + weight.name.encode(), digest_size=8, person=b"predict").digest()
         generator.manual_seed(int.from_bytes(digest, "little") >> 1)

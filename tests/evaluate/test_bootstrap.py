@@ -67,7 +67,7 @@ def test_coverage_of_a_difference_of_accuracies() -> None:
 
 @pytest.mark.slow
 def test_coverage_of_a_difference_of_calibration_errors() -> None:
-    """One model says 0.9 and is right 80% of the time, the other says 0.9 and is right 90%: errors of 0.1 and 0."""
+    """One model is right 20 points less often than it says, the other 5 points, whatever it says."""
 
     def simulate(generator: torch.Generator) -> tuple[Score, Score]:
         sure = 0.5 + 0.5 * torch.rand(400, generator=generator, dtype=torch.float64)
@@ -90,14 +90,14 @@ def test_coverage_of_grouped_tokens() -> None:
         return average(torch.zeros(len(groups))), average(0.1 + effect + noise)
 
     by_group = by_token = 0
-    for run in range(300):
+    for run in range(200):
         scores = simulate(torch.Generator().manual_seed(run))
         for grouped in (True, False):
             found = paired_interval(*scores, groups=simulate.groups if grouped else None, resamples=400, seed=run)
             hit = found.low <= 0.1 <= found.high
             by_group, by_token = by_group + (grouped and hit), by_token + (not grouped and hit)
-    assert by_group / 300 == pytest.approx(0.95, abs=0.04)
-    assert by_token / 300 < 0.6
+    assert by_group / 200 == pytest.approx(0.95, abs=0.04)
+    assert by_token / 200 < 0.6
 
 
 def test_groups_keep_averages_over_examples() -> None:

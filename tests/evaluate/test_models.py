@@ -26,6 +26,8 @@ from mergekit_bayes.evaluate import (
     read_precisions,
     sample_posterior,
 )
+from mergekit_bayes.evaluate.names import weights_of
+from mergekit_bayes.model import saved_parameters
 from tests.conftest import TinyCheckpoints
 from tests.evaluate.small_models import same, weights_in
 from tests.merge.builders import random_precisions, tensor_infos, write_precisions
@@ -80,6 +82,15 @@ def test_the_factors_of_an_adapter_are_sampled_and_nothing_else(adapter: Path, b
     assert posterior.certain == ()
 
 
+def test_names_are_those_under_which_trained_models_are_saved(adapter: Path, base: Any) -> None:
+    adapted = peft.PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    for model in (adapted, tiny_model("vit"), tiny_model("qwen2_tied"), tiny_model("mixtral")):
+        known = weights_of(model).parameters
+        saved = saved_parameters(model, frozen=True)
+        assert saved
+        assert all(known[name] is parameter for name, parameter in saved.items())
+
+
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
@@ -102,6 +113,7 @@ def test_however_an_adapter_is_loaded_its_samples_are_the_same(adapter: Path, ba
     assert in_memory.keys() <= dict(model.named_parameters()).keys()
     assert torch.equal(sampled(model, in_memory), expected)
     assert torch.equal(sampled(torch.compile(model, backend="eager"), adapter), expected)
+    assert torch.equal(sampled(torch.nn.DataParallel(model), adapter), expected)
     model.unload()
     without_peft = transformers.AutoModelForCausalLM.from_pretrained(base.name_or_path)
     without_peft.load_adapter(str(adapter))
@@ -139,6 +151,8 @@ def test_an_adapter_without_effect_is_refused(adapter: Path, base: Any) -> None:
     model.unmerge_adapter()
     with model.disable_adapter(), pytest.raises(EvaluateError, match="has its adapters disabled"):
         attach_posterior(model, adapter)
+    with pytest.raises((SidecarMismatchError, PlanError), match="a full model, and this one has an adapter"):
+        attach_posterior(model, {"model.norm.weight": 1.0})
     with pytest.raises(SidecarMismatchError, match="load it with peft and do not merge it into its base"):
         attach_posterior(model.merge_and_unload(), adapter)
 

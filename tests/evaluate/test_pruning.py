@@ -82,7 +82,7 @@ def test_with_constant_precision_it_says_that_it_is_magnitude_pruning() -> None:
     with prune_posterior(model, {name: 3.0 for name, _ in model.named_parameters()}, 0.3) as pruning:
         assert pruning.overlap == 1.0
         assert pruning.is_magnitude_pruning
-        assert "nearly constant that this is magnitude pruning" in str(pruning)
+        assert "the precision hardly varies, and this is magnitude pruning" in str(pruning)
     with prune_posterior(model, precisions_of(model), 0.3) as pruning:
         assert not pruning.is_magnitude_pruning
         assert "(29.7% would be chance)" in str(pruning)

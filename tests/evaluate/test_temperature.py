@@ -32,27 +32,27 @@ def exact_loss(temperature: float, chance: float) -> float:
 
 def test_it_finds_the_lowest_exact_loss() -> None:
     """The mean predicts sigmoid(2) = 0.88, the labels say 0.75: the more spread, the closer to 1/2."""
-    chosen = choose_temperature(OneWeight(MEAN), coin(100, 0.75), {"w": PRECISION}, samples=1000, seed=1)
+    chosen = choose_temperature(OneWeight(MEAN), coin(100, 0.75), {"w": PRECISION}, samples=400, seed=1)
     grid = [temperature / 50 for temperature in range(1, 600)]
     best = min(grid, key=lambda temperature: exact_loss(temperature, 0.75))
     assert 2 < best < 8
-    # the minimum is flat, and 1000 samples are not the integral
+    # the minimum is flat, and 400 samples are not the integral
     assert abs(chosen.temperature / best - 1) < 0.4
-    assert exact_loss(chosen.temperature, 0.75) - exact_loss(best, 0.75) < 1e-3
+    assert exact_loss(chosen.temperature, 0.75) - exact_loss(best, 0.75) < 2e-3
     assert chosen.nll == min(loss for _, loss in chosen.tried)
     assert chosen.nll_of_mean == pytest.approx(exact_loss(0.0, 0.75))
     assert not chosen.at_edge
 
 
 def test_it_is_zero_where_samples_only_hurt() -> None:
-    chosen = choose_temperature(OneWeight(MEAN), coin(100, 0.95), {"w": PRECISION}, samples=500)
-    # not exactly zero: 500 samples have an average of their own, which may happen to predict better
+    chosen = choose_temperature(OneWeight(MEAN), coin(100, 0.95), {"w": PRECISION}, samples=200)
+    # not exactly zero: 200 samples have an average of their own, which may happen to predict better
     assert chosen.temperature < 0.02
     assert chosen.nll_of_mean - chosen.nll < 1e-3
 
 
 def test_it_says_when_a_higher_one_may_be_better() -> None:
-    options = {"samples": 500, "candidates": (0.01, 0.1)}
+    options = {"samples": 200, "candidates": (0.01, 0.1)}
     chosen = choose_temperature(OneWeight(MEAN), coin(100, 0.6), {"w": PRECISION}, **options)
     assert chosen.at_edge
     assert chosen.temperature == 0.1
