@@ -18,7 +18,8 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, task: Task, flatten: bool
     is still learned where a row ends.
 
     Packed rows come without an attention mask. Their `position_ids` start over at every segment, which transformers
-    reads as the segments not seeing each other (`packing_fault` tries whether a model does). Padding is a segment too.
+    reads as the segments not seeing each other, but only with `use_cache=False`: a model that keeps keys and values
+    attends to everything before. `packing_fault` tries whether a model does it at all. Padding is a segment too.
 
     Args:
         rows: rows of `Rows`; none gives one row that teaches nothing, for a process that has nothing to do.

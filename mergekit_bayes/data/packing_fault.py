@@ -42,7 +42,7 @@ def packing_fault(model: Module, *, vocabulary: int, flatten: bool = False) -> s
         with torch.no_grad():
             packed = _logits(model, [_packed(segments), _packed(others)], flatten=flatten)
             behind = _logits(model, [_packed([*others[:2], segments[2]]), _packed(others)], flatten=flatten)
-            alone = [_logits(model, [segment, segment], flatten=False)[0, : len(segment)] for segment in segments]
+            alone = [_logits(model, [segment, segment], flatten=False)[0] for segment in segments]
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         return f"it does not take `position_ids` without an attention mask ({type(error).__name__}: {reason})"
