@@ -113,9 +113,7 @@ def _loaded(recipe: FinetuneRecipe | Path | str | Mapping[str, Any]) -> tuple[Fi
 
     if isinstance(recipe, FinetuneRecipe):
         return recipe, recipe.folder
-    found = load_recipe(recipe, methods=())
-    if not isinstance(found, FinetuneRecipe):
-        raise RecipeError(f"kind: found `{found.kind}`; expected `finetune`, which is what this call runs")
+    found = load_recipe(recipe, expect=FinetuneRecipe)
     return found, found.folder
 
 

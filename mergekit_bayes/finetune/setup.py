@@ -122,7 +122,7 @@ def prepare(
         loaded.tokenizer.chat_template = data.chat_template
     if training.gradient_checkpointing:
         checkpoint_gradients(loaded.model)
-    check_fit(recipe, loaded.model, data)
+    check_fit(recipe, loaded, data)
     feed = _feed(recipe, loaded, data, accelerator)
     return _assemble(recipe, accelerator, loaded, data, feed)
 
@@ -162,28 +162,27 @@ def _assemble(
     return Setup(recipe, accelerator, loaded, data, parameters, optimizer, start, monitor, feed, length, identity)
 
 
-def check_fit(recipe: FinetuneRecipe, model: Any, data: TrainingData) -> None:
+def check_fit(recipe: FinetuneRecipe, loaded: LoadedModel, data: TrainingData) -> None:
     """Makes sure that data, model and options can work together.
 
     Raises:
         FinetuneError: a token or a position the model has no place for, or weights that loss scaling cannot train.
     """
-    held = list(data.eval.values())
-    largest = max(rows.largest_token for rows in (data.train, *held))
-    known = model.get_input_embeddings().num_embeddings
-    if largest >= known:
+    everything = (data.train, *data.eval.values())
+    largest = max(rows.largest_token for rows in everything)
+    if largest >= loaded.vocabulary:
         raise FinetuneError(
-            f"model {recipe.model.path}: the data holds token {largest}, the embedding has {known} rows; expected a "
-            "tokenizer of this model"
+            f"model {recipe.model.path}: the data holds token {largest}, the embedding has {loaded.vocabulary} rows; "
+            "expected the tokenizer of this model"
         )
-    longest = max(int(rows.lengths.max(initial=0)) for rows in (data.train, *held))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and longest > positions:
+    longest = max(int(rows.lengths.max(initial=0)) for rows in everything)
+    if loaded.longest_row is not None and longest > loaded.longest_row:
         raise FinetuneError(
-            f"data.max_length: the longest row has {longest} tokens, {recipe.model.path} has {positions} positions; "
-            f"expected at most {positions}"
+            f"data.max_length: the longest row has {longest} tokens, {recipe.model.path} has places for "
+            f"{loaded.longest_row}; expected at most so many"
         )
-    if recipe.training.fp16 and any(p.dtype != torch.float32 for p in model.parameters() if p.requires_grad):
+    trained = {parameter.dtype for parameter in loaded.model.parameters() if parameter.requires_grad}
+    if recipe.training.fp16 and trained != {torch.float32}:
         raise FinetuneError("training.fp16: the loss is scaled for weights in float32; set `model.dtype: float32`")
 
 
