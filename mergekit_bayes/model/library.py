@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,35 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+_NOISE = (
+    ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"),
+    ("bitsandbytes.autograd._functions", "inputs will be cast from"),
+)
+
+
+class _Without(logging.Filter):
+    """Drops the messages that begin with, or hold, a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.text not in str(record.msg)
+
+
+def hush_bitsandbytes() -> None:
+    """Keeps bitsandbytes, which PEFT imports, from two messages that concern nobody here.
+
+    At import it tells that a kernel it would have from the hub is not there; and in int8, at every layer of every
+    step, that products are formed from float16.
+    """
+    for name, text in _NOISE:
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _Without) for each in logger.filters):
+            logger.addFilter(_Without(text))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mergekit_bayes.errors import ModelError
-from mergekit_bayes.model.library import FAILURES, failure, seeded
+from mergekit_bayes.model.library import FAILURES, failure, hush_bitsandbytes, seeded
 from mergekit_bayes.model.targets import (
     is_under,
     linear_modules,
@@ -88,6 +88,7 @@ def _plain(value: object) -> object:
 
 
 def _with_factors(model: Any, options: Mapping[str, Any], *, seed: int) -> Any:
+    hush_bitsandbytes()
     import peft
 
     with seeded(seed), warnings.catch_warnings():

@@ -6,7 +6,6 @@ Only linear layers are coded. Output heads, and modules that are trained whole, 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import nn
 
 from mergekit_bayes.errors import ModelError
 from mergekit_bayes.model.head import head_modules, pooler_module
+from mergekit_bayes.model.library import hush_bitsandbytes
 
 if TYPE_CHECKING:
     from mergekit_bayes.recipe.model import ModelSpec
@@ -49,12 +49,12 @@ def quantisation_options(
         ModelError: bitsandbytes is not installed.
     """
     check_bitsandbytes()
+    hush_bitsandbytes()
     import transformers
 
     named = spec.bnb_4bit_compute_dtype
     skipped = _kept(model_class, config, whole)
     if spec.load_in_8bit:
-        _hush_casts()
         return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -93,15 +93,3 @@ def keep_codes(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-
-
-class _WithoutCasts(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "inputs will be cast from" not in str(record.msg)
-
-
-def _hush_casts() -> None:
-    """Keeps bitsandbytes from telling at every layer of every step that int8 products are formed from float16."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    if not any(isinstance(each, _WithoutCasts) for each in logger.filters):
-        logger.addFilter(_WithoutCasts())

@@ -64,15 +64,17 @@ def test_sharding_that_is_none(engine: str) -> None:
 
 
 _PROGRAM = """
+import os, pathlib, sys
 import accelerate
 from mergekit_bayes.errors import FinetuneError
 from mergekit_bayes.model.launch import check_launch
 accelerator = accelerate.Accelerator()
 try:
     check_launch()
-    print("accepted", accelerator.num_processes, flush=True)
+    said = "accepted"
 except FinetuneError as error:
-    print("refused", error, flush=True)
+    said = f"refused {error}"
+pathlib.Path(sys.argv[1], os.environ.get("RANK", "alone")).write_text(said)
 """
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -97,12 +99,18 @@ def test_real_launchers(tmp_path: Path, command: list[str], expected: list[str])
     program.write_text(_PROGRAM)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    said = tmp_path / "said"
+    said.mkdir()
     done = subprocess.run(
-        [sys.executable, *command, str(program)], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *command, str(program), str(said)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("refused", "accepted"))]
-    assert len(lines) == len(expected), done.stdout + done.stderr
-    assert all(line.startswith(start) for line, start in zip(sorted(lines), expected, strict=True))
+    found = [path.read_text() for path in sorted(said.iterdir())]
+    assert len(found) == len(expected), done.stdout + done.stderr
+    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
 
 
 def test_the_accelerator_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mergekit_bayes.model
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.index import open_checkpoint
 from mergekit_bayes.errors import CheckpointError, MergekitBayesError, MissingTensorError, ModelError, NonFiniteError
@@ -271,6 +274,47 @@ def test_an_adapter_is_no_base(base: Bases, tiny_adapter: Bases) -> None:
 def test_a_model_without_a_tokenizer(tiny_checkpoint: Bases) -> None:
     with pytest.raises(ModelError, match=r"has no tokenizer; expected tokenizer\.json"):
         load(tiny_checkpoint("llama"))
+
+
+def test_a_tokenizer_that_cannot_be_read(base: Bases, tmp_path: Path) -> None:
+    folder = copied(base("llama"), tmp_path / "m")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="transformers cannot load its tokenizer"):
+        load(folder)
+
+
+def test_a_tokenizer_that_cannot_pad(base: Bases, tmp_path: Path) -> None:
+    folder = copied(base("llama"), tmp_path / "m")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=r"neither a padding nor an end-of-text token; expected\s+pad_token or eos_token"
+    ):
+        load(folder)
+
+
+def test_a_model_without_weights(base: Bases, tmp_path: Path) -> None:
+    folder = copied(base("llama"), tmp_path / "m")
+    save_file({"rows": torch.arange(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds no tensor of floating point numbers"):
+        load(folder, AdapterSpec())
+
+
+def test_an_architecture_that_cannot_recompute(base: Bases, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(base("llama")).model
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match=r"training\.gradient_checkpointing: LlamaForCausalLM does not support"):
+        checkpoint_gradients(model)
+
+
+def test_libraries_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *at: None if name == "peft" else found(name, *at))
+    with pytest.raises(
+        ModelError, match=r"models need peft, not installed here; pip install 'mergekit-bayes\[train\]'"
+    ):
+        importlib.reload(mergekit_bayes.model)
 
 
 def test_a_model_of_another_task(base: Bases) -> None:
