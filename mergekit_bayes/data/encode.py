@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,7 +66,14 @@ class EncodedSet:
 
 
 def encode(
-    table: Table, columns: Columns, encoders: Encoders, *, limit: Limit, max_rows: int | None, report: DatasetReport
+    table: Table,
+    columns: Columns,
+    encoders: Encoders,
+    *,
+    limit: Limit,
+    max_rows: int | None,
+    report: DatasetReport,
+    on_progress: Callable[[str, int], None] | None = None,
 ) -> EncodedSet:
     """Reads a data set.
 
@@ -77,6 +84,7 @@ def encode(
         limit: how long rows may be.
         max_rows: read only the first so many rows.
         report: is filled in.
+        on_progress: told the name of the data set and the rows read so far, now and then.
 
     Raises:
         DataError: a row cannot be learned from, rows are too long where that is refused, or none is left.
@@ -99,6 +107,8 @@ def encode(
             if kept is not None:
                 rows.append(dataclasses.replace(kept, key=key))
                 label_of += [content.label] if isinstance(content, Labelled) else []
+        if on_progress is not None:
+            on_progress(report.name, report.read)
     fitting.check()
     report.notes += [
         f"{count - before[what]:,} {what}" for what, count in encoders.remarks().items() if count > before.get(what, 0)

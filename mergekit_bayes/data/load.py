@@ -67,6 +67,7 @@ def load_training_data(
     task: Task,
     recipe_dir: Path | None = None,
     tables: Tables | None = None,
+    on_progress: Callable[[str, int], None] | None = None,
 ) -> TrainingData:
     """Reads all data of a run; the same rows on every process and for every seed.
 
@@ -76,6 +77,7 @@ def load_training_data(
         task: what the model learns.
         recipe_dir: where relative paths may start beside the current directory.
         tables: data sets in memory (lists of mappings, or `datasets.Dataset`), by the `path` that stands for them.
+        on_progress: told the name of the data set that is being read and the rows read so far, now and then.
 
     Raises:
         DataError: something cannot be read or learned from; what is wrong with files and columns comes all at once.
@@ -86,7 +88,7 @@ def load_training_data(
     whole = not spec.completion_only_loss
     encoders = Encoders(tokenizer, append_eos=spec.append_eos, whole=whole, template=template)
     max_length = min(spec.max_length, _own_limit(tokenizer))
-    encoded = [(source.role, _encode(source, encoders, spec, max_length)) for source in sources]
+    encoded = [(source.role, _encode(source, encoders, spec, max_length, on_progress)) for source in sources]
     if template is not None and not encoders.chatted:
         raise DataError("`data.chat_template` has no effect, no data set holds conversations; remove it")
     train = [entry for role, entry in encoded if role == "train"]
@@ -154,7 +156,13 @@ def _names(entries: Sequence[DatasetSpec]) -> list[str]:
     return [f"{name}#{index + 1}" for index, name in enumerate(names)]
 
 
-def _encode(source: _Source, encoders: Encoders, spec: DataSpec, max_length: int) -> EncodedSet:
+def _encode(
+    source: _Source,
+    encoders: Encoders,
+    spec: DataSpec,
+    max_length: int,
+    on_progress: Callable[[str, int], None] | None,
+) -> EncodedSet:
     report = DatasetReport(
         name=source.name,
         path=source.spec.path,
@@ -163,10 +171,19 @@ def _encode(source: _Source, encoders: Encoders, spec: DataSpec, max_length: int
         unused_columns=source.columns.unused,
         notes=list(source.table.notes),
     )
+    if source.columns.format == "messages" and "tools" in source.columns.unused:
+        report.notes.append("the column tools is not read: the chat template does not see what tools there are")
     windowed = spec.packing and source.columns.format == "text"
     limit = Limit(None) if windowed else Limit(max_length, spec.long_rows)
-    max_rows = source.spec.max_rows
-    return encode(source.table, source.columns, encoders, limit=limit, max_rows=max_rows, report=report)
+    return encode(
+        source.table,
+        source.columns,
+        encoders,
+        limit=limit,
+        max_rows=source.spec.max_rows,
+        report=report,
+        on_progress=on_progress,
+    )
 
 
 def _packed(entry: EncodedSet, spec: DataSpec, max_length: int) -> EncodedSet:

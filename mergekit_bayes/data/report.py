@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from mergekit_bayes.checkpoint.files import listed
+
 
 @dataclass
 class DatasetReport:
@@ -78,6 +80,8 @@ class DatasetReport:
         if self.truncated:
             lost = self.cut_tokens / (self.cut_tokens + self.tokens)
             found.append(f"  {self.truncated:,} rows cut to max_length, {self.cut_tokens:,} tokens ({lost:.1%}) lost")
+        if self.unused_columns:
+            found.append(f"  columns that are not read: {listed(self.unused_columns)}")
         return [*found, *(f"  {note}" for note in self.notes)]
 
 

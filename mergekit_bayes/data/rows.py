@@ -38,7 +38,7 @@ class Row(TypedDict):
     segments: NotRequired[list[int]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Encoded:
     """One tokenised row.
 

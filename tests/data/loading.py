@@ -35,12 +35,12 @@ def load(train: object, tokenizer: Any, *, task: str = "causal_lm", **options: A
     def entries(value: object) -> list[object]:
         return [entry(item) for item in value] if isinstance(value, tuple) else [entry(value)]
 
-    recipe_dir = options.pop("recipe_dir", None)
+    given = {name: options.pop(name) for name in ("recipe_dir", "on_progress") if name in options}
     sections = {"train": entries(train)}
     if "eval" in options:
         sections["eval"] = entries(options.pop("eval"))
     spec = DataSpec(**sections, **options)
-    return load_training_data(spec, tokenizer, task=task, recipe_dir=recipe_dir, tables=tables)  # type: ignore[arg-type]
+    return load_training_data(spec, tokenizer, task=task, tables=tables, **given)  # type: ignore[arg-type]
 
 
 def texts(*values: object) -> list[dict[str, object]]:

@@ -219,6 +219,14 @@ def test_values_that_are_no_conversation(tokenizer: Any, messages: object, messa
         load([{"messages": TALK}, {"messages": messages}], tokenizer)
 
 
+def test_a_prompt_of_text_with_a_completion_of_messages(tokenizer: Any) -> None:
+    message = r"row 0: one of `prompt` and `completion` is text, the other a list of messages"
+    with pytest.raises(DataError, match=message):
+        load([{"prompt": "hello", "completion": TALK[1:2]}], tokenizer)
+    data = load([{"prompt": [], "completion": TALK[1:2]}, {"prompt": TALK[:1], "completion": TALK[1:2]}], tokenizer)
+    assert (data.report.datasets[0].empty, len(data.train)) == (1, 1)
+
+
 def test_roles_that_the_template_refuses(tokenizer: Any) -> None:
     tokenizer = byte_level(template=tokenizers.INSTRUCT)
     with pytest.raises(DataError, match=r"row 1: the chat template refuses this: 'Conversation roles must alternate"):

@@ -12,7 +12,7 @@ import pytest
 
 from mergekit_bayes.errors import DataError
 from tests.data.loading import load
-from tests.data.tokenizers import whole
+from tests.data.tokenizers import turns, whole
 
 ROWS = [{"text": "the quick fox"}, {"text": 'a "quoted", dog\nover two lines'}, {"text": "NA"}, {"text": "2020-01-01"}]
 END = "<|endoftext|>"
@@ -68,6 +68,23 @@ def test_compressed_files(tmp_path: Path, tokenizer: Any, name: str) -> None:
     content = {"jsonl": jsonl(ROWS), "csv": CSV, "json": json.dumps(ROWS)}[name.split(".")[1]]
     (tmp_path / name).write_bytes(gzip.compress(content.encode()))
     assert written(tokenizer, tmp_path / name) == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("content", ['{"text": "the dog"}', '{"text": "the dog", "tags": ["a"], "data": []}'])
+def test_an_object_without_a_list_of_rows_is_a_row(tmp_path: Path, tokenizer: Any, content: str) -> None:
+    (tmp_path / "row.json").write_text(content)
+    assert written(tokenizer, tmp_path / "row.json") == ["the dog"]
+
+
+def test_a_conversation_is_a_row_and_not_rows(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "chat.json").write_text(json.dumps({"messages": turns("hello", "hi there")}))
+    (report,) = load(tmp_path / "chat.json", tokenizer).report.datasets
+    assert (report.format, report.rows) == ("messages", 1)
+
+
+def test_blank_lines_of_a_csv_file_are_no_rows(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "rows.csv").write_text("text\n\nthe dog\n\n\nthe fox\n\n")
+    assert written(tokenizer, tmp_path / "rows.csv") == ["the dog", "the fox"]
 
 
 def test_a_text_file_is_one_document(tmp_path: Path, tokenizer: Any) -> None:
@@ -152,6 +169,7 @@ def test_paths_start_here_or_at_the_recipe(tmp_path: Path, tokenizer: Any, monke
         ("a.jsonl", b'{"text": "\\ud800"}', r"line 1: holds half of a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, r"line 1: is no JSON that can be read: it is nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", r"line 1: is no JSON that can be read"),
+        ("a.json", b"[" * 100_000, r"line 1: is no JSON that can be read: it is nested too deeply"),
         ("a.json", b'{"a": 1', r"line 1, column 8: is no JSON"),
         ("a.json", b'[{"text": "a"}, 3]', r"entry 1: found 3; expected an object"),
         ("a.json", b"3", r"found 3; expected a list of objects"),

@@ -125,6 +125,13 @@ def test_labels_that_do_not_fit(
         classify(classifier_tokenizer, labels, **options)
 
 
+def test_many_rows_without_text(classifier_tokenizer: Any) -> None:
+    """More than are tokenised at once."""
+    rows = [*labelled(*[("", "a")] * 1200), *labelled(("good", "a"), ("bad", "b"))]
+    data = load(rows, classifier_tokenizer, task="sequence_classification")
+    assert (data.report.datasets[0].empty, len(data.train)) == (1200, 2)
+
+
 def test_many_classes_are_fine_where_they_repeat(classifier_tokenizer: Any) -> None:
     assert len(classify(classifier_tokenizer, [*range(60)] * 2).labels or ()) == 60
 

@@ -197,18 +197,26 @@ def test_a_model_that_overlooks_where_positions_start_over_is_found_out() -> Non
             super().__init__()
             self.model = model
 
-        def forward(self, input_ids: Any, position_ids: Any, use_cache: bool) -> Any:
+        def forward(self, input_ids: Any, position_ids: Any = None, **_: object) -> Any:
             return forward(self.model, input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+
+    class Deaf(Seeing):
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            raise AssertionError
+
+    fault = packing_fault(Deaf(), vocabulary=48)
+    assert fault is not None
+    assert fault.startswith("it does not take `position_ids` without an attention mask (TypeError: ")
 
     fault = packing_fault(Seeing(), vocabulary=48)
     assert fault is not None
     assert "segments of a packed row see each other" in fault
 
-    class Shifted(Seeing):
-        def forward(self, input_ids: Any, position_ids: Any, use_cache: bool) -> Any:
-            found = forward(self.model, input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+    class RunningOn(Seeing):
+        def forward(self, input_ids: Any, position_ids: Any = None, **_: object) -> Any:
+            found = forward(self.model, input_ids=input_ids, position_ids=position_ids, use_cache=False)
             return type(found)(logits=found.logits + torch.arange(input_ids.shape[1])[None, :, None])
 
-    fault = packing_fault(Shifted(), vocabulary=48)
+    fault = packing_fault(RunningOn(), vocabulary=48)
     assert fault is not None
     assert "segments of a packed row differ from the rows on their own" in fault

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.data.loading import load, pairs, texts
+from tests.data.tokenizers import turns
 
 
 def test_the_report_in_words(tokenizer: Any) -> None:
@@ -48,3 +49,17 @@ def test_a_long_document_that_is_cut_is_not_lost_in_silence(tmp_path: Path, toke
     packed = load(tmp_path / "book.txt", tokenizer, max_length=32, packing=True)
     assert packed.train.num_tokens > 20 * cut.train.num_tokens
     assert not any("lost" in line for line in packed.report.lines())
+
+
+def test_columns_that_nobody_reads_are_named(tokenizer: Any) -> None:
+    rows = [{"messages": turns("hello", "hi there"), "tools": [], "source": "web"}]
+    assert load(rows, tokenizer).report.lines()[1:] == [
+        "  columns that are not read: tools, source",
+        "  the column tools is not read: the chat template does not see what tools there are",
+    ]
+
+
+def test_progress_is_told_on_the_way(tokenizer: Any) -> None:
+    told: list[tuple[str, int]] = []
+    load(texts(*["the dog"] * 1100), tokenizer, eval=texts("the fox"), on_progress=lambda *found: told.append(found))
+    assert told == [("memory0", 500), ("memory0", 1000), ("memory0", 1100), ("memory1", 1)]

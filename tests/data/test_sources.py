@@ -181,6 +181,13 @@ def test_rows_in_memory(tokenizer: Any) -> None:
         assert [whole(tokenizer, row) for row in data.train] == ["the dog<|endoftext|>", "the fox<|endoftext|>"]
 
 
+def test_a_data_set_of_datasets_without_rows(tokenizer: Any) -> None:
+    import datasets
+
+    with pytest.raises(DataError, match=r"memory0: holds no rows"):
+        load({"rows": datasets.Dataset.from_list(texts("the dog")).select([])}, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
