@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 from typing import Any
@@ -14,88 +13,11 @@ from torch import nn
 
 from mergekit_bayes import IVON
 from mergekit_bayes.errors import FinetuneError
-
-OPTIONS: dict[str, Any] = {"lr": 0.05, "ess": 200.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 1e-3}
-
-
-def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
-
-
-def batches(count: int, size: int = 16) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(7)
-    return [
-        (torch.randn(size, 5, generator=generator), torch.randint(0, 3, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    dtype = next(model.parameters()).dtype
-    return nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
-
-
-def train(model: nn.Module, optimizer: IVON, data: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for x, y in data:
-        for _ in range(optimizer.mc_samples):
-            with optimizer.sampled_params(train=True):
-                loss_of(model, x, y).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def snapshot(model: nn.Module, optimizer: IVON) -> list[torch.Tensor]:
-    states = [optimizer.state[p] for p in model.parameters()]
-    kept = [state[key].clone() for state in states if state for key in ("momentum", "hess")]
-    return [p.detach().clone() for p in model.parameters()] + kept
-
-
-def equal(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+from tests.finetune.small_models import OPTIONS, batches, equal, loss_of, small_model, snapshot, train
 
 
 class _BoomError(Exception):
     pass
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_mean_comes_back_in_place_whatever_happens(training: bool) -> None:
-    model = small_model()
-    optimizer = IVON(model.parameters(), **OPTIONS)
-    before = [p.detach().clone() for p in model.parameters()]
-    pointers = [p.data_ptr() for p in model.parameters()]
-    with pytest.raises(_BoomError), optimizer.sampled_params(train=training):  # noqa: PT012 - what holds inside
-        assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
-        assert [p.data_ptr() for p in model.parameters()] == pointers
-        raise _BoomError
-    assert equal([p.detach() for p in model.parameters()], before)
-    assert [p.data_ptr() for p in model.parameters()] == pointers
-    train(model, optimizer, batches(1))  # the context is usable again
-
-
-@pytest.mark.parametrize("samples", [1, 2])
-def test_resuming_is_bit_identical(samples: int) -> None:
-    data = batches(12)
-    whole_model = small_model()
-    whole = IVON(whole_model.parameters(), **OPTIONS, mc_samples=samples, seed=3)
-    train(whole_model, whole, data)
-
-    first_model = small_model()
-    first = IVON(first_model.parameters(), **OPTIONS, mc_samples=samples, seed=3)
-    train(first_model, first, data[:5])
-    file = io.BytesIO()
-    torch.save({"model": first_model.state_dict(), "optimizer": first.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    torch.manual_seed(999)
-    second_model = small_model()
-    torch.rand(17)  # the global generator plays no part
-    second = IVON(second_model.parameters(), lr=9.0, ess=1.0, mc_samples=samples)
-    second_model.load_state_dict(saved["model"])
-    second.load_state_dict(saved["optimizer"])
-    train(second_model, second, data[5:])
-    assert equal(snapshot(whole_model, whole), snapshot(second_model, second))
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -104,34 +26,6 @@ def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     train(model, optimizer, batches(2))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("samples", [1, 2])
-@pytest.mark.parametrize("pieces", [2, 8])
-@pytest.mark.parametrize("one_context", [True, False])
-def test_micro_batches_change_nothing(pieces: int, samples: int, one_context: bool) -> None:
-    """One sample for the whole batch: (m, g, h) are those of the uncut batch, to rounding."""
-    data = batches(6)
-    whole_model, cut_model = small_model(), small_model()
-    whole = IVON(whole_model.parameters(), **OPTIONS, mc_samples=samples)
-    train(whole_model, whole, data)
-    cut = IVON(cut_model.parameters(), **OPTIONS, mc_samples=samples)
-    for x, y in data:
-        parts = list(zip(x.chunk(pieces), y.chunk(pieces), strict=True))
-        if one_context:
-            for _ in range(samples):
-                with cut.sampled_params(train=True):
-                    for part in parts:
-                        (loss_of(cut_model, *part) / pieces).backward()
-        else:
-            for part in parts:
-                for _ in range(samples):
-                    with cut.sampled_params(train=True):
-                        (loss_of(cut_model, *part) / pieces).backward()
-        cut.step()
-        cut.zero_grad()
-    for one, other in zip(snapshot(whole_model, whole), snapshot(cut_model, cut), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_zeroing_between_the_contexts_of_a_step_is_noticed() -> None:
@@ -157,6 +51,69 @@ def test_zeroing_between_samples_changes_nothing() -> None:
                 loss_of(models[1], x, y).backward()
         optimizers[1].step()
     assert equal(snapshot(models[0], optimizers[0]), snapshot(models[1], optimizers[1]))
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+def test_zeroing_the_model_between_samples_changes_nothing(to_none: bool) -> None:
+    """The averages are out of reach: `.grad` is empty until the last sample is in."""
+    data, models = batches(4), [small_model(), small_model()]
+    optimizers = [IVON(model.parameters(), **OPTIONS, mc_samples=3) for model in models]
+    train(models[0], optimizers[0], data)
+    for x, y in data:
+        for _ in range(3):
+            models[1].zero_grad(set_to_none=to_none)
+            with optimizers[1].sampled_params(train=True):
+                models[1].zero_grad(set_to_none=to_none)
+                loss_of(models[1], x, y).backward()
+        optimizers[1].step()
+    assert equal(snapshot(models[0], optimizers[0]), snapshot(models[1], optimizers[1]))
+
+
+def test_zeroing_when_all_samples_are_in_drops_them() -> None:
+    data, models = batches(2), [small_model(), small_model()]
+    optimizers = [IVON(model.parameters(), **OPTIONS, mc_samples=2) for model in models]
+    train(models[0], optimizers[0], data[1:])
+    for _ in range(2):
+        with optimizers[1].sampled_params(train=True):
+            loss_of(models[1], *data[0]).backward()
+    optimizers[1].zero_grad()
+    with pytest.raises(FinetuneError, match="step after 0 contexts"):
+        optimizers[1].step()
+    train(models[1], optimizers[1], data[1:])
+    assert equal(snapshot(models[0], optimizers[0]), snapshot(models[1], optimizers[1]))
+
+
+def test_a_sample_that_failed_leaves_nothing_in_the_next() -> None:
+    data, models = batches(2), [small_model(), small_model()]
+    optimizers = [IVON(model.parameters(), **OPTIONS, mc_samples=2) for model in models]
+    train(models[0], optimizers[0], data)
+    for x, y in data:
+        for sample in range(2):
+            if sample == 1:
+                with pytest.raises(_BoomError), optimizers[1].sampled_params(train=True):  # noqa: PT012
+                    loss_of(models[1], x, y).backward()
+                    raise _BoomError
+            with optimizers[1].sampled_params(train=True):
+                loss_of(models[1], x, y).backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+    assert equal(snapshot(models[0], optimizers[0]), snapshot(models[1], optimizers[1]))
+
+
+def test_squared_gradients_of_micro_batches_cannot_be_added() -> None:
+    """The square of a sum is not the sum of squares: with several samples, a context takes all micro-batches."""
+    model = small_model()
+    optimizer = IVON(model.parameters(), **OPTIONS, mc_samples=2, hess_approx="gradsq")
+    x, y = batches(1)[0]
+
+    def sample() -> None:
+        with optimizer.sampled_params(train=True):
+            loss_of(model, x, y).backward()
+
+    sample()
+    sample()
+    with pytest.raises(FinetuneError, match="all micro-batches of one sample in one context"):
+        sample()
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -209,38 +166,6 @@ def test_a_huge_finite_gradient_keeps_the_state_finite(size: float) -> None:
     assert torch.isfinite(parameter).all()
 
 
-def test_frozen_and_unused_parameters_are_untouched() -> None:
-    model = small_model()
-    unused = nn.Parameter(torch.ones(3))
-    model[0].requires_grad_(False)
-    optimizer = IVON([*model.parameters(), unused], **OPTIONS)
-    frozen = [p.detach().clone() for p in model[0].parameters()]
-    with optimizer.sampled_params(train=True):
-        assert equal([p.detach() for p in model[0].parameters()], frozen)
-        loss_of(model, *batches(1)[0]).backward()
-    optimizer.step()
-    assert equal([p.detach() for p in model[0].parameters()], frozen)
-    assert torch.equal(unused.detach(), torch.ones(3))
-    assert torch.equal(optimizer.state[unused]["hess"], torch.full((3,), 0.5))
-    assert optimizer.state[unused]["step"] == 0
-    assert not optimizer.state.get(model[0].weight)
-
-
-def test_bfloat16_weights_keep_a_float32_state_that_moves() -> None:
-    model = small_model(torch.bfloat16)
-    optimizer = IVON(model.parameters(), **{**OPTIONS, "beta2": 0.9999})
-    train(model, optimizer, batches(30))
-    loaded = IVON(model.parameters(), **OPTIONS)
-    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for parameter in model.parameters():
-        assert parameter.dtype == torch.bfloat16
-        hess = optimizer.state[parameter]["hess"]
-        assert hess.dtype == torch.float32
-        assert (hess != 0.5).float().mean() > 0.99
-        assert torch.equal(loaded.state[parameter]["hess"], hess)
-        assert loaded.state[parameter]["hess"].data_ptr() != hess.data_ptr()
-
-
 def test_mixed_dtypes_in_one_optimizer() -> None:
     model = nn.ModuleList([small_model(), small_model(torch.bfloat16), small_model(torch.float64)])
     optimizer = IVON(model.parameters(), **OPTIONS)
@@ -252,25 +177,6 @@ def test_mixed_dtypes_in_one_optimizer() -> None:
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("new", [1e-4, 0.0, 1.0])
-@pytest.mark.filterwarnings("ignore:IVON. weight_decay changed")
-def test_a_changed_weight_decay_never_gives_nan(new: float) -> None:
-    parameter = nn.Parameter(torch.zeros(320))
-    optimizer = IVON([parameter], **{**OPTIONS, "weight_decay": 1e-2})
-    with optimizer.sampled_params(train=True):
-        parameter.grad = parameter.detach()
-    optimizer.step()
-    optimizer.state[parameter]["hess"].copy_(torch.linspace(-0.0099, 0.04, 320))
-    sums = optimizer.state[parameter]["hess"] + 1e-2
-    optimizer.param_groups[0]["weight_decay"] = new
-    with optimizer.sampled_params():
-        assert torch.isfinite(parameter).all()
-    after = optimizer.state[parameter]["hess"] + new
-    assert (after > 0).all()
-    if new < 1e-2:
-        torch.testing.assert_close(after[:60], sums[:60], rtol=1e-3, atol=1e-7)  # negative curvature: S stays
-
-
 def test_h_plus_delta_stays_positive_under_violent_noise() -> None:
     parameter = nn.Parameter(torch.zeros(2000))
     optimizer = IVON([parameter], lr=0.0, ess=1e4, hess_init=0.1, beta2=0.5, weight_decay=0.01)
@@ -280,22 +186,6 @@ def test_h_plus_delta_stays_positive_under_violent_noise() -> None:
             parameter.grad = torch.randn(2000, generator=generator)
         optimizer.step()
         assert (optimizer.state[parameter]["hess"] + 0.01 > 0).all()
-
-
-def test_gradsq_is_the_mean_square_times_the_batch_size() -> None:
-    """Without ess: with beta2 = 0 and a small ess the first h is g^2 B plus its correction term."""
-    parameter = nn.Parameter(torch.zeros(3))
-    gradient = torch.tensor([0.1, 0.2, 0.4])
-    rho = 1e-3
-    optimizer = IVON(
-        [parameter], lr=0.1, ess=1e6, hess_init=0.5, beta2=1 - rho, weight_decay=0.0, hess_approx="gradsq", batch_size=4
-    )
-    with optimizer.sampled_params(train=True):
-        parameter.grad = gradient.clone()
-    optimizer.step()
-    estimate = 4 * gradient**2
-    expected = 0.5 + rho * (estimate - 0.5) + 0.5 * rho**2 * (0.5 - estimate) ** 2 / 0.5
-    torch.testing.assert_close(optimizer.state[parameter]["hess"], expected, rtol=1e-6, atol=0)
 
 
 def test_antithetic_samples_are_opposite_and_the_curvature_of_a_quadratic_is_exact_in_g() -> None:

@@ -33,42 +33,6 @@ def run_quadratic(
     return {"mean": parameter.detach(), "momentum": state["momentum"], "hess": state["hess"]}
 
 
-@pytest.mark.parametrize("case", sorted(GOLDEN))
-def test_agrees_with_the_established_implementation(case: str) -> None:
-    golden = GOLDEN[case]
-    options = {key: math.inf if value is None else value for key, value in golden["options"].items()}
-    parameter = torch.nn.Parameter(torch.tensor(golden["start"]))
-    optimizer = IVON([parameter], **options)
-    optimizer._generator = Replayed(torch.tensor(golden["noise"]))
-    result = run_quadratic(optimizer, parameter, torch.tensor(golden["curvature"]), torch.tensor(golden["targets"]))
-    for key, value in result.items():
-        # the noise was recovered from float32 differences of weights: a few digits are lost there
-        torch.testing.assert_close(value, torch.tensor(golden[key]), rtol=1e-3, atol=1e-4)
-
-
-def test_agrees_with_the_established_implementation_side_by_side() -> None:
-    ivon = pytest.importorskip("ivon", reason="ivon-opt is not installed (GPL: an oracle for tests only)")
-    generator = torch.Generator().manual_seed(0)
-    start, curvature = torch.randn(50, generator=generator), torch.rand(50, generator=generator) + 0.2
-    targets = torch.randn(40, 50, generator=generator)
-    theirs, noise = torch.nn.Parameter(start.clone()), []
-    reference = ivon.IVON([theirs], **BASE)
-    torch.manual_seed(1)
-    for target in targets:
-        before, hess = theirs.detach().clone(), reference.param_groups[0]["hess"].clone()
-        with reference.sampled_params(train=True):
-            noise.append((theirs.detach() - before) * (BASE["ess"] * (hess + BASE["weight_decay"])).sqrt())
-            reference.zero_grad()
-            (0.5 * curvature * (theirs - target) ** 2).sum().backward()
-        reference.step()
-    ours = torch.nn.Parameter(start.clone())
-    optimizer = IVON([ours], **BASE)
-    optimizer._generator = Replayed(noise)
-    result = run_quadratic(optimizer, ours, curvature, targets)
-    torch.testing.assert_close(result["mean"], theirs.detach(), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(result["hess"], reference.param_groups[0]["hess"], rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("samples", [1, 3])
 @pytest.mark.parametrize(
     "change",
@@ -106,60 +70,37 @@ def test_agrees_with_the_oracle(change: dict[str, Any], samples: int) -> None:
         np.testing.assert_allclose(value.numpy(), wanted, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("ess", "rho"), [(1e2, 1e-2), (1e3, 1e-2), (1e4, 1e-2), (1e4, 1e-3)])
-def test_curvature_settles_at_the_predicted_value(ess: float, rho: float) -> None:
-    """h* = H + rho ess E[g^2] / 2 for a quadratic with gradient noise, at a mean held still."""
-    # entries times steps averaged set the error of the mean: well under the 2% asked for
-    entries, curvature, spread = int(200 / rho) if rho == 1e-2 else 4_000, 0.5457, 0.3
-    parameter = torch.nn.Parameter(torch.zeros(entries))
-    optimizer = IVON([parameter], lr=0.0, ess=ess, hess_init=0.55, beta2=1 - rho, weight_decay=0.0, seed=4)
-    generator, tail = torch.Generator().manual_seed(2), []
-    steps = int(5 / rho)
-    for step in range(steps):
-        with optimizer.sampled_params(train=True):
-            parameter.grad = curvature * parameter.detach() + spread * torch.randn(entries, generator=generator)
-        optimizer.step()
-        if step > steps * 0.9:
-            tail.append(float(optimizer.state[parameter]["hess"].mean()))
-    seen = sum(tail) / len(tail)
-    # E[g^2] at the sample: the noise of the batch and that of the weights
-    predicted = curvature + 0.5 * rho * ess * (spread**2 + curvature**2 / (ess * seen))
-    assert seen == pytest.approx(predicted, rel=0.02)
+@pytest.mark.parametrize("case", sorted(GOLDEN))
+def test_11_agrees_with_the_established_implementation(case: str) -> None:
+    golden = GOLDEN[case]
+    options = {key: math.inf if value is None else value for key, value in golden["options"].items()}
+    parameter = torch.nn.Parameter(torch.tensor(golden["start"]))
+    optimizer = IVON([parameter], **options)
+    optimizer._generator = Replayed(torch.tensor(golden["noise"]))
+    result = run_quadratic(optimizer, parameter, torch.tensor(golden["curvature"]), torch.tensor(golden["targets"]))
+    for key, value in result.items():
+        # the noise was recovered from float32 differences of weights: a few digits are lost there
+        torch.testing.assert_close(value, torch.tensor(golden[key]), rtol=1e-3, atol=1e-4)
 
 
-def test_learns_the_posterior_of_linear_regression() -> None:
-    """Conjugate model with orthogonal inputs: the precision of every weight is known, N x^2 / s^2 + prior."""
-    examples, noise_variance, prior = 64, 0.25, 4.0
-    x = torch.linalg.qr(torch.randn(examples, 4, generator=torch.Generator().manual_seed(0)))[0] * torch.tensor(
-        [4.0, 6.0, 8.0, 12.0]
-    )
-    y = x @ torch.tensor([1.0, -1.0, 0.5, 0.0]) + 0.5 * torch.randn(
-        examples, generator=torch.Generator().manual_seed(1)
-    )
-    precision = (x**2).sum(0) / noise_variance + prior
-    mean = (x.T @ y) / noise_variance / precision
-    parameter = torch.nn.Parameter(torch.zeros(4))
-    optimizer = IVON(
-        [parameter],
-        lr=0.02,
-        ess=examples,
-        hess_init=2.0,
-        beta2=0.998,
-        weight_decay=prior / examples,
-        mc_samples=2,
-        antithetic=True,
-        rescale_lr=False,
-    )
-    means, hess = [], []
-    for step in range(2000):
-        for _ in range(2):
-            with optimizer.sampled_params(train=True):
-                residual = y - x @ parameter.detach()
-                parameter.grad = -(x.T @ residual) / noise_variance / examples
-        optimizer.step()
-        if step >= 1500:
-            means.append(parameter.detach().clone())
-            hess.append(optimizer.state[parameter]["hess"].clone())
-    learned = examples * (torch.stack(hess).mean(0) + prior / examples)
-    torch.testing.assert_close(learned, precision, rtol=0.05, atol=0)
-    assert ((torch.stack(means).mean(0) - mean).abs() < 0.2 / precision.sqrt()).all()
+def test_11_agrees_with_the_established_implementation_side_by_side() -> None:
+    ivon = pytest.importorskip("ivon", reason="ivon-opt is not installed (GPL: an oracle for tests only)")
+    generator = torch.Generator().manual_seed(0)
+    start, curvature = torch.randn(50, generator=generator), torch.rand(50, generator=generator) + 0.2
+    targets = torch.randn(40, 50, generator=generator)
+    theirs, noise = torch.nn.Parameter(start.clone()), []
+    reference = ivon.IVON([theirs], **BASE)
+    torch.manual_seed(1)
+    for target in targets:
+        before, hess = theirs.detach().clone(), reference.param_groups[0]["hess"].clone()
+        with reference.sampled_params(train=True):
+            noise.append((theirs.detach() - before) * (BASE["ess"] * (hess + BASE["weight_decay"])).sqrt())
+            reference.zero_grad()
+            (0.5 * curvature * (theirs - target) ** 2).sum().backward()
+        reference.step()
+    ours = torch.nn.Parameter(start.clone())
+    optimizer = IVON([ours], **BASE)
+    optimizer._generator = Replayed(noise)
+    result = run_quadratic(optimizer, ours, curvature, targets)
+    torch.testing.assert_close(result["mean"], theirs.detach(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(result["hess"], reference.param_groups[0]["hess"], rtol=1e-3, atol=1e-4)

@@ -57,7 +57,7 @@ def close(seen: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_ddp_with_shared_noise_equals_one_process(outcomes: Outcomes) -> None:
+def test_08_ddp_with_shared_noise_equals_one_process(outcomes: Outcomes) -> None:
     model = network(5, 3)
     optimizer = IVON(model.parameters(), **OPTIONS)
     train(model, optimizer, network_loss)
@@ -110,8 +110,10 @@ def test_a_transformer_in_shards_is_trained_like_the_whole(outcomes: Outcomes, n
     model = llama(adapter=adapter)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = IVON(trained, **OPTIONS)
-    train(model, optimizer, llama_loss)
+    at_mean = torch.tensor(train(model, optimizer, llama_loss))
     close(both(outcomes, name, "state"), state_of(model, optimizer))
+    halves = [torch.tensor(outcome[name]["at_mean"]) for outcome in outcomes]
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, at_mean)
     ratio = diagnose(optimizer).noise_to_weight
     assert both(outcomes, name, "noise_to_weight") == pytest.approx(ratio, rel=1e-4)
     start = starting_values(trained, units_seen=100, steps=10).hess_init

@@ -127,8 +127,12 @@ def unbound() -> Outcome:
 
 def sharded_prediction() -> Outcome:
     """Losses inside and after a context that no backward pass has followed."""
+    from torch.distributed.fsdp import fully_shard
+
     model = network(6, 4)
-    optimizer = shard(model)
+    fully_shard(model)  # not layer by layer: of the outermost module alone, the gathered copy is kept
+    optimizer = IVON(model.parameters(), **OPTIONS)
+    optimizer.bind(model)
     found = []
     with torch.no_grad():
         for sample in (0, 1, 0):

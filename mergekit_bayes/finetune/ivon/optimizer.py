@@ -366,7 +366,10 @@ class IVON(Optimizer):
             group[key] = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients; samples already averaged stay until the last of the step is in."""
+        """Clears the gradients; samples already averaged stay until the last of the step is in.
+
+        After a step that was not taken (a gradient scaler saw an overflow), this gives up what it would have used.
+        """
         if self._under_way.complete:
             if self._active is None:
                 # what they belonged to is given up, as a step that a gradient scaler has skipped
