@@ -10,6 +10,7 @@ is checked; some rewrite what went before, and are refused with the reason.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -51,6 +52,7 @@ class ChatEncoder:
             raise DataError(f"the tokenizer ({kind}) does not say where its tokens lie; conversations need a fast one")
         self.template = _own_template(tokenizer) if template is None else template
         self.unended = 0
+        self._requests_checked = False
         self._marked = _GENERATION.search(self.template) is not None
         added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
         self._ends = tuple(sorted(token for token in added if token.strip()))
@@ -84,14 +86,43 @@ class ChatEncoder:
     def _turn(self, messages: Sequence[Message], index: int, text: str, place: Place) -> Span:
         before, _ = self._render(messages[:index], place, request=True)
         after, _ = self._render(messages[: index + 1], place)
-        for shorter, longer in ((before, after), (after, text)):
-            if not longer.startswith(shorter):
-                raise DataError(_unstable(shorter, longer, index, place))
-        turn = text[len(before) : len(after)]
+        self._check_request(messages[:index], before, after, place)
+        if not after.startswith(before):
+            raise DataError(_unstable(before, after, index, place))
+        end = self._common_end(after, text)
+        if end is None or end < len(before):
+            raise DataError(_unstable(after, text, index, place))
+        turn = text[len(before) : end]
         ended = turn.rstrip()
         # what a template writes between two turns is no part of the first
-        length = len(ended) if ended.endswith(self._ends) else len(turn)
-        return len(before), len(before) + length
+        return len(before), len(before) + len(ended if ended.endswith(self._ends) else turn)
+
+    def _common_end(self, after: str, text: str) -> int | None:
+        """Where a conversation ends in a longer one; some templates write a last token that goes when it goes on."""
+        shorter = after
+        while not text.startswith(shorter):
+            last = next((token for token in self._ends if shorter.endswith(token)), None)
+            shorter = shorter.rstrip() if last is None else shorter.removesuffix(last)
+            if not shorter.rstrip().endswith(self._ends):
+                return None
+        return len(shorter)
+
+    def _check_request(self, messages: Sequence[Message], before: str, after: str, place: Place) -> None:
+        """Refuses a template that asks for the assistant's turn whether or not it is told to: it would learn to ask."""
+        if self._requests_checked or not messages:
+            return
+        self._requests_checked = True
+        if before != self._render(messages, place)[0]:
+            return
+        shared = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(reversed(before), reversed(after), strict=False)
+        )
+        if any(not letter.isspace() for letter, _ in shared):
+            raise DataError(
+                f"{place}: the chat template ends every conversation with a request for another turn "
+                f"({brief(after[-30:])}), also without `add_generation_prompt`; expected one that does not "
+                "(`data.chat_template`), or `data.completion_only_loss: false`"
+            )
 
     def _render(
         self, messages: Sequence[Message], place: Place, *, request: bool = False, marked: bool = False

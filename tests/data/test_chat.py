@@ -76,6 +76,36 @@ def test_a_turn_that_begins_with_a_space_is_learned() -> None:
         assert learned(tokenizer, row) == " hi there<|endoftext|> fine \U0001f600 caf\u00e9<|endoftext|>"
 
 
+@pytest.mark.parametrize(
+    ("template", "special", "expected"),
+    [
+        (
+            tokenizers.LLAMA3,
+            ["<|eot_id|>", "<|end_header_id|>"],
+            "hi there<|eot_id|>fine \U0001f600 caf\u00e9<|eot_id|>",
+        ),
+        (tokenizers.LLAMA3, [], "hi there<|eot_id|>fine \U0001f600 caf\u00e9<|eot_id|>"),
+        (tokenizers.GEMMA, ["<end_of_turn>"], "hi there<end_of_turn>fine \U0001f600 caf\u00e9<end_of_turn>"),
+        (tokenizers.PHI3, ["<|end|>"], "hi there<|end|>fine \U0001f600 caf\u00e9<|end|>\n<|endoftext|>"),
+    ],
+)
+def test_templates_of_the_hub(template: str, special: list[str], expected: str) -> None:
+    tokenizer = byte_level(template=template, special=special)
+    row = row_of(tokenizer, TALK)
+    assert row["input_ids"] == tokenizer.apply_chat_template(TALK, return_dict=False)
+    assert learned(tokenizer, row) == expected
+
+
+def test_a_template_that_always_asks_for_another_turn_is_refused() -> None:
+    """Else the model would learn to go on where it should stop."""
+    tokenizer = byte_level(template=tokenizers.LLAMA3_AT_FIRST, special=["<|eot_id|>", "<|end_header_id|>"])
+    for talk in (TALK, TALK[:2]):
+        with pytest.raises(
+            DataError, match=r"row 0: the chat template ends every conversation with a request for another"
+        ):
+            row_of(tokenizer, talk)
+
+
 def test_tokenizers_that_mark_spaces() -> None:
     tokenizer = tokenizers.metaspace()
     row = row_of(tokenizer, turns("hello", "the dog"))

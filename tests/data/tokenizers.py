@@ -40,6 +40,28 @@ FORGETFUL = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
+# as Llama 3 has it today
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}{{ bos_token if loop.first }}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+# as it came out, and as many derivatives still have it: every conversation ends with a request for another turn
+LLAMA3_AT_FIRST = LLAMA3.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}")
+# as Phi 3: a conversation that is over has one token more
+PHI3 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+# as Gemma: another name for the assistant, and no system role
+GEMMA = (
+    "{{ bos_token }}"
+    "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+
 _CORPUS = [
     "the quick brown fox jumps over the lazy dog",
     "a question: what is the answer? the answer is forty two",
@@ -48,20 +70,24 @@ _CORPUS = [
 ] * 3
 
 
-def byte_level(*, template: str | None = CHATML, bos: bool = False) -> Any:
-    """Byte-level BPE as GPT-2, Llama 3 and Qwen have it; it can write every text, and trims spaces off offsets."""
+def byte_level(*, template: str | None = CHATML, bos: bool = False, special: Sequence[str] = ()) -> Any:
+    """Byte-level BPE as GPT-2, Llama 3 and Qwen have it; it can write every text, and trims spaces off offsets.
+
+    `special` are more special tokens, those of a template.
+    """
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True)
     core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
+    first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=first, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(_CORPUS, trainer)
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 3)])
-    return _wrapped(core, template=template, bos_token="<s>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    known = {"bos_token": "<s>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    tokenizer = _wrapped(core, template=template, **known)
+    tokenizer.add_tokens(list(special), special_tokens=True)
+    return tokenizer
 
 
 def word_pieces() -> Any:
@@ -89,8 +115,8 @@ def metaspace() -> Any:
     core = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     core.decoder = decoders.Metaspace(prepend_scheme="first")
-    special = ["<unk>", "<s>", "</s>"]
-    core.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False))
+    first = ["<unk>", "<s>", "</s>"]
+    core.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=200, special_tokens=first, show_progress=False))
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return _wrapped(core, template=INSTRUCT, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
