@@ -1,11 +1,17 @@
 """The text of the example: three domains of the Python distribution, split by whole document.
 
+    python examples/stdlib_lm/corpus.py
+
+writes the training documents to `text/{code,docs,headers}.jsonl` beside this file, where the recipes in
+`recipes/finetune/stdlib_lm` read them.
+
 Every Python installation already carries three kinds of text that differ enough to need different skills:
 library source code, the prose of the language reference, and C headers. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import json
 import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +20,7 @@ from pathlib import Path
 
 DOMAINS = ("code", "docs", "headers")
 SEPARATOR = "<|endoftext|>"
+TEXT = Path(__file__).resolve().parent / "text"
 
 _HELD_OUT_CHARACTERS = {"code": 140_000, "docs": 90_000, "headers": 110_000}
 _LARGEST_HELD_OUT_DOCUMENT = 30_000
@@ -77,6 +84,14 @@ def without_paragraphs_of(held_out: Iterable[str], documents: Mapping[str, str])
     return {name: text for name, text in kept.items() if text.strip()}
 
 
+def write_training_text(folder: Path = TEXT) -> None:
+    """Write one JSON line `{"text": ...}` per training document and one file per domain."""
+    folder.mkdir(exist_ok=True)
+    for domain in DOMAINS:
+        lines = [json.dumps({"text": text.rstrip()}) + "\n" for text in split_domain(domain).train.values()]
+        (folder / f"{domain}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
 def join(documents: Mapping[str, str]) -> str:
     """One text, each document followed by the separator."""
     return "".join(f"{text.rstrip()}\n{SEPARATOR}\n" for text in documents.values())
@@ -109,3 +124,7 @@ def _key(paragraph: str) -> str:
 
 def _is_long(paragraph: str) -> bool:
     return len(_key(paragraph)) >= _SHORTEST_SHARED_PARAGRAPH
+
+
+if __name__ == "__main__":
+    write_training_text()

@@ -172,11 +172,8 @@ def _ivon(s: _Sections) -> Iterator[Problem]:
 
 def _length(s: _Sections) -> Iterator[Problem]:
     steps, warmup = s.training.get("max_steps"), s.training.get("warmup_steps")
-    limited = isinstance(steps, int) and steps > 0
-    if limited and "num_train_epochs" in s.training:
-        message = "has no effect beside `max_steps`; keep one of them."
-        yield Problem(("training", "num_train_epochs"), message, at_key=True)
-    if limited and isinstance(steps, int) and isinstance(warmup, int) and warmup >= steps:
+    # num_train_epochs may stand beside max_steps, which wins as in TrainingArguments: `--set` can shorten any run
+    if isinstance(steps, int) and isinstance(warmup, int) and 0 < steps <= warmup:
         message = f"expected fewer steps than the run has ({steps}), found {warmup}."
         yield Problem(("training", "warmup_steps"), message)
 

@@ -74,7 +74,7 @@ class TrainingSpec(Spec):
 
     Attributes:
         num_train_epochs: passes over the training data; need not be whole.
-        max_steps: optimizer steps instead; -1 for num_train_epochs.
+        max_steps: optimizer steps; wins over num_train_epochs; -1 for those.
         per_device_train_batch_size: rows per process and micro-batch.
         per_device_eval_batch_size: rows per process in evaluation.
         gradient_accumulation_steps: micro-batches per optimizer step.

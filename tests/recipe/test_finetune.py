@@ -187,7 +187,7 @@ def test_the_resolved_form_has_every_default_that_has_an_effect(recipe: Finetune
     assert resolved["data"]["train"][0] == {"path": "chats.jsonl", "split": "train", "weight": 0.7}
     assert resolved["optimizer"]["name"] == "ivon"
     assert resolved["optimizer"]["noise_to_weight"] == 0.1
-    assert "num_train_epochs" not in resolved["training"]  # max_steps wins
+    assert "num_train_epochs" not in resolved["training"]  # max_steps wins, as in TrainingArguments
     plain: dict[str, Any] = load(asked()).resolved()
     assert "num_train_epochs" in plain["training"]
     assert not [key for key in plain["model"] if key.startswith("bnb_")]

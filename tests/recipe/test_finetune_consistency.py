@@ -160,11 +160,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"optimizer": {"noise": "per_process"}, "training": {"bf16": True}},
         "optimizer.noise: each process would skip other steps with `training.fp16`; use bf16, or noise: shared.",
     ),
-    "epochs and steps": (
-        {"training": {"max_steps": 10, "num_train_epochs": 3}},
-        {"training": {"max_steps": -1, "num_train_epochs": 3}},
-        "training.num_train_epochs: has no effect beside `max_steps`; keep one of them.",
-    ),
     "a run that ends in its warm-up": (
         {"training": {"max_steps": 10, "warmup_steps": 10}},
         {"training": {"max_steps": 10, "warmup_steps": 9}},
