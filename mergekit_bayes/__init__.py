@@ -10,7 +10,9 @@
     merge_method          register a merge method of your own
     Parameter             declare a parameter of it
     method_names          the registered methods
+    finetune              run a fine-tuning recipe
     IVON                  an optimizer that leaves a posterior behind
+    sample_posterior      put a sample of a posterior into a loaded model, for a while
     MergekitBayesError    the root of every error this library raises on purpose
 
 Names are loaded when they are first used, so importing the package costs nothing.
@@ -23,7 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit_bayes.errors import MergekitBayesError
+    from mergekit_bayes.evaluate import sample_posterior
     from mergekit_bayes.finetune import IVON
+    from mergekit_bayes.finetune.run import finetune
     from mergekit_bayes.merge.load import load_posterior
     from mergekit_bayes.merge.plan import plan_merge
     from mergekit_bayes.merge.registry import Parameter, merge_method, method_names
@@ -39,6 +43,7 @@ __all__ = [  # noqa: RUF022 - in the order of `sorted`, which a test checks
     "Isotropic",
     "MergekitBayesError",
     "Parameter",
+    "finetune",
     "load_posterior",
     "load_recipe",
     "merge",
@@ -47,6 +52,7 @@ __all__ = [  # noqa: RUF022 - in the order of `sorted`, which a test checks
     "method_names",
     "mismatch",
     "plan_merge",
+    "sample_posterior",
 ]
 
 _HOMES = {
@@ -62,12 +68,13 @@ _HOMES = {
     "method_names": "mergekit_bayes.merge.registry",
     "mismatch": "mergekit_bayes.posterior",
     "plan_merge": "mergekit_bayes.merge.plan",
+    "sample_posterior": "mergekit_bayes.evaluate",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name == "merge":
-        return importlib.import_module("mergekit_bayes.merge")
+    if name in ("finetune", "merge"):  # packages that can be called
+        return importlib.import_module(f"mergekit_bayes.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
