@@ -35,6 +35,12 @@ class Beginning:
     changes: tuple[Change, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def changed(self, section: str) -> list[str]:
+        """Returns names of the options of a section that differ from those of the checkpoint."""
+        return [
+            change.key.removeprefix(f"{section}.") for change in self.changes if change.key.startswith(f"{section}.")
+        ]
+
 
 def choose_beginning(wanted: bool | str, identity: Identity, own: Path, *, places: Sequence[Path]) -> Beginning:
     """Decides where a run begins.

@@ -14,7 +14,7 @@ from mergekit_bayes.finetune.ivon import IVON, starting_values
 if TYPE_CHECKING:
     from mergekit_bayes.recipe.finetune import AdamWSpec, IvonSpec
 
-__all__ = ["Start", "build_optimizer", "starting_point"]
+__all__ = ["Start", "build_optimizer", "starting_point", "take_course"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Start:
     hess_init: float
     beta2: float
     noise_to_weight: float
-    derived: tuple[str, ...]
+    derived: Sequence[str]
 
     def line(self) -> str:
         """Returns the values for a terminal, derived ones marked."""
@@ -115,6 +115,25 @@ def build_optimizer(
         noise=spec.noise,
         seed=seed,
     )
+
+
+def take_course(optimizer: torch.optim.Optimizer, spec: IvonSpec | AdamWSpec, names: Iterable[str]) -> None:
+    """Gives an optimizer that was loaded from a checkpoint the recipe's values of some options.
+
+    Args:
+        optimizer: with the options it was saved with.
+        spec: the recipe's section.
+        names: of the options; the learning rate is set at every step anyway, and one that the recipe leaves open stays.
+    """
+    for name in names:
+        value = getattr(spec, name)
+        if name == "clip_radius" and value is None:
+            value = math.inf
+        for group in optimizer.param_groups:
+            if name in {"beta1", "beta2"} and spec.name == "adamw":
+                group["betas"] = (spec.beta1, spec.beta2)
+            elif name != "lr" and value is not None:
+                group[name] = value
 
 
 def _adamw(spec: AdamWSpec, parameters: list[torch.Tensor]) -> torch.optim.AdamW:

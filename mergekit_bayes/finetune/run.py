@@ -17,6 +17,7 @@ from mergekit_bayes.finetune.finish import finish_folder
 from mergekit_bayes.finetune.interrupt import StopRequest, stop_on_signals
 from mergekit_bayes.finetune.logbook import LOG_NAME, LogBook
 from mergekit_bayes.finetune.loop import Counters, Loop
+from mergekit_bayes.finetune.optimizers import take_course
 from mergekit_bayes.finetune.progress import Progress, duration, follow
 from mergekit_bayes.finetune.report import REPORT_NAME
 from mergekit_bayes.finetune.saving import Saver
@@ -149,6 +150,7 @@ def _run(recipe: FinetuneRecipe, target: Path, options: _Options) -> FinetuneRes
         beginning = choose_beginning(
             recipe.training.resume_from_checkpoint, setup.identity, saver.folder, places=options.places
         )
+        setup = setup.going_on(beginning.checkpoint)
         accelerator.wait_for_everyone()  # everybody has read what the leader may now delete
         if leader:
             _clear(saver, beginning)
@@ -179,6 +181,7 @@ def _train(
     counters, log_text = Counters(), ""
     if beginning.checkpoint is not None:
         counters = restore(beginning.checkpoint, setup.parameters, optimizer)
+        take_course(optimizer, recipe.optimizer, beginning.changed("optimizer"))
         log_text = beginning.checkpoint.log
         if accelerator.scaler is not None and beginning.checkpoint.state["scaler"] is not None:
             accelerator.scaler.load_state_dict(beginning.checkpoint.state["scaler"])
@@ -258,7 +261,7 @@ def _introduce(setup: Setup, beginning: Beginning, shown: Progress) -> None:
         shown.note(line)
     count = sum(parameter.numel() for parameter in setup.parameters.values())
     shown.note(f"{count:,} trainable parameters, {setup.length.steps:,} steps of {setup.feed.global_batch} rows")
-    if setup.start is not None:
+    if setup.start is not None and beginning.checkpoint is None:
         shown.note(setup.start.line())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 
 from mergekit_bayes.data import load_training_data, packing_fault
 from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.checkpoints import Checkpoint
 from mergekit_bayes.finetune.feed import Feed
 from mergekit_bayes.finetune.ivon import IVON
 from mergekit_bayes.finetune.monitor import Monitor
@@ -63,6 +64,13 @@ class Setup:
     feed: Feed
     length: RunLength
     identity: Identity
+
+    def going_on(self, checkpoint: Checkpoint | None) -> Setup:
+        """Returns the run with the starting values it had when it began, whatever the recipe would give now."""
+        if checkpoint is None or self.start is None:
+            return self
+        start = checkpoint.state["identity"]["start"]
+        return replace(self, start=Start(**start), identity=replace(self.identity, start=start))
 
 
 def make_accelerator(training: TrainingSpec, folder: Path) -> Accelerator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: TinyCheckpo
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: TinyCheckpoints) -> Path:
-    """A tiny encoder with a head for three classes, whose labels have no names yet."""
+    """A tiny encoder with a head for three classes, whose labels have no names yet; it does without dropout."""
     from tests.model.builders import with_tokenizer
 
-    return with_tokenizer(tiny_checkpoint("bert"), tmp_path_factory.mktemp("finetune") / "bert", pad=True)
+    folder = with_tokenizer(tiny_checkpoint("bert"), tmp_path_factory.mktemp("finetune") / "bert", pad=True)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
