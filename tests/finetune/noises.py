@@ -14,5 +14,7 @@ class Replayed:
     def __init__(self, sequence: Iterable[Tensor]) -> None:
         self._sequence = iter(sequence)
 
-    def normal(self, device: torch.device, key: int, ranges: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def normal(
+        self, device: torch.device, key: int, ranges: Sequence[tuple[int, int]], *, room: Tensor | None = None
+    ) -> list[Tensor]:
         return [next(self._sequence).to(device, torch.float32).flatten().clone() for _ in ranges]

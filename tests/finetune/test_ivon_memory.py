@@ -16,8 +16,8 @@ ENTRIES, TENSORS = 4_000_000, 16
 BYTES = 4 * ENTRIES
 """Of the weights, float32."""
 
-SLACK = 2_500_000
-"""Blocks of a foreach operation, a chunk of noise, scalars."""
+SLACK = 5_000_000
+"""Noise on its way (4 MiB), blocks of a foreach operation, scalars; the same for any number of weights."""
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 1e4, "hess_init": 0.5, "fused": False}
 
@@ -56,15 +56,24 @@ def test_the_state_is_two_numbers_per_weight() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_step_borrows_two_more_and_gives_them_back(fused: bool) -> None:
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_a_step_borrows_one_more_and_gives_it_back(fused: bool, contexts: int) -> None:
+    """The mean while it is away, then the sample; both in the second context of a step."""
     optimizer = IVON(weights(), **{**OPTIONS, "fused": fused})
     one_step(optimizer)
-    peak, kept = allocated(lambda: one_step(optimizer))
-    assert 2 * BYTES <= peak <= 2 * BYTES + SLACK
+
+    def step() -> None:
+        for _ in range(contexts):
+            with optimizer.sampled_params(train=True):
+                pass
+        optimizer.step()
+
+    peak, kept = allocated(step)
+    assert contexts * BYTES <= peak <= contexts * BYTES + SLACK
     assert abs(kept) <= SLACK
 
 
-def test_a_prediction_borrows_the_mean_and_the_noise() -> None:
+def test_a_prediction_borrows_the_mean() -> None:
     optimizer = IVON(weights(), **OPTIONS)
     one_step(optimizer)
 
@@ -73,7 +82,7 @@ def test_a_prediction_borrows_the_mean_and_the_noise() -> None:
             pass
 
     peak, kept = allocated(predict)
-    assert peak <= 2 * BYTES + SLACK
+    assert peak <= BYTES + SLACK
     assert abs(kept) <= SLACK
 
 
@@ -92,5 +101,5 @@ def test_several_samples_borrow_two_averages_more() -> None:
 
     step()
     peak, kept = allocated(step)
-    assert peak <= 4 * BYTES + SLACK
+    assert peak <= 3 * BYTES + SLACK
     assert abs(kept) <= SLACK

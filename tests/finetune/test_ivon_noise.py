@@ -21,7 +21,6 @@ def drawn(*ranges: tuple[int, int], key: int = 12345) -> list[Tensor]:
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_module, "CHUNK_ON_CPU", 128)
-    monkeypatch.setattr(noise_module, "LONGEST_ON_CPU", 1000)
 
 
 @pytest.mark.usefixtures("short_chunks")

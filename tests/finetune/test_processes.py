@@ -14,6 +14,8 @@ import torch
 
 from mergekit_bayes import IVON
 from mergekit_bayes.finetune import diagnose, export_precision, starting_values
+from mergekit_bayes.finetune.ivon import optimizer as optimizer_module
+from mergekit_bayes.finetune.ivon.noise import stream_key
 from tests.finetune.scenarios import OPTIONS, llama, llama_loss, network, network_loss, state_of, train
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,6 +74,31 @@ def test_noise_per_process_ends_in_one_posterior(outcomes: Outcomes) -> None:
     assert not torch.equal(spare_hess, torch.full((3,), 0.5))
     # two samples, not one twice
     assert not torch.allclose(state[2], outcomes[0]["shared noise"]["state"][2], rtol=1e-3)
+
+
+def test_noise_per_process_is_one_process_with_as_many_samples(
+    outcomes: Outcomes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every sample sees its half of the batch; what is averaged is gradient times noise, not each of them."""
+
+    def of_process(seed: int, draw: int, sample: int, *, purpose: int, rank: int = 0) -> int:
+        return stream_key(seed, draw, 0, purpose=purpose, rank=sample)
+
+    monkeypatch.setattr(optimizer_module, "stream_key", of_process)
+    model, spare = network(5, 3), torch.nn.Parameter(torch.ones(3))
+    optimizer = IVON([*model.parameters(), spare], **OPTIONS, mc_samples=2)
+    for step in range(5):
+        for number in range(2):
+            with optimizer.sampled_params(train=True):
+                network_loss(model, step, slice(4 * number, 4 * number + 4)).backward()
+                if number == 1:
+                    (spare**2).sum().backward()
+        if step == 3:
+            next(model.parameters()).grad[0] = float("nan")  # type: ignore[index]
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = [*state_of(model, optimizer), spare.detach(), optimizer.state[spare]["hess"]]
+    close(both(outcomes, "own noise", "state"), expected)
 
 
 def test_noise_per_process_with_gradients_averaged_before_is_refused(outcomes: Outcomes) -> None:

@@ -74,7 +74,7 @@ def failure(device_type: str) -> str | None:
     """Returns why torch.compile does not work on a kind of device, None if it does; found out by trying."""
     try:  # the failures of compilers have no common class
         m, g, h, gradient, z = (torch.ones(64, device=device_type) for _ in range(5))
-        coefficients = Coefficients(1.0, 0.0, 0.5, 0.5, 0.1, math.inf, 1.0, Estimate.NOISE)
+        coefficients = Coefficients(1.0, 0.0, 0.5, 0.5, 0.1, math.inf, 1.0, Estimate.SAMPLE)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler, when it is first imported, warns of its own past
             fused_perturb_(m, h, z, scale=0.1, weight_decay=0.0)
@@ -104,7 +104,7 @@ def _scalars_of(coefficients: Coefficients) -> tuple[Tensor, ...]:
     rho = 1 - c.beta2
     return _scalars(
         c.weight_decay,
-        rho if c.estimate is Estimate.CURVATURE else rho * math.sqrt(c.ess),
+        rho if c.estimate is Estimate.CURVATURE else rho * c.ess,
         rho,
         hess_floor(c.weight_decay),
         c.beta1,
@@ -130,26 +130,26 @@ def _perturb_(mean: Tensor, hess: Tensor, noise: Tensor, scale: Tensor, delta: T
     mean.copy_(mean + torch.rsqrt(hess + delta) * noise * scale)
 
 
-def _update_from_noise_(
-    m: Tensor, g: Tensor, h: Tensor, gradient: Tensor, z: Tensor, delta: Tensor, scale: Tensor, *rest: Tensor
+def _update_from_sample_(
+    m: Tensor, g: Tensor, h: Tensor, gradient: Tensor, theta: Tensor, delta: Tensor, scale: Tensor, *rest: Tensor
 ) -> None:
-    _step_(m, g, h, gradient, torch.sqrt(h + delta) * (z * gradient) * scale, delta, *rest)
+    _step_(m, g, h, gradient, (theta.float() - m.float()) * gradient * scale, delta, *rest)
 
 
 def _update_from_product_(
     m: Tensor, g: Tensor, h: Tensor, gradient: Tensor, product: Tensor, delta: Tensor, scale: Tensor, *rest: Tensor
 ) -> None:
-    _step_(m, g, h, gradient, torch.sqrt(h + delta) * product * scale, delta, *rest)
+    _step_(m, g, h, gradient, product * scale, delta, *rest)
 
 
 def _update_from_curvature_(
     m: Tensor, g: Tensor, h: Tensor, gradient: Tensor, curvature: Tensor, delta: Tensor, scale: Tensor, *rest: Tensor
 ) -> None:
-    _step_(m, g, h, gradient, curvature * scale, delta, *rest)
+    _step_(m, g, h, gradient, curvature * scale / (h + delta), delta, *rest)
 
 
 _UPDATES = {
-    Estimate.NOISE: _update_from_noise_,
+    Estimate.SAMPLE: _update_from_sample_,
     Estimate.PRODUCT: _update_from_product_,
     Estimate.CURVATURE: _update_from_curvature_,
 }
@@ -160,7 +160,7 @@ def _step_(  # noqa: PLR0913, PLR0917
     g: Tensor,
     h: Tensor,
     gradient: Tensor,
-    rho_times_estimate: Tensor,
+    change: Tensor,
     delta: Tensor,
     rho: Tensor,
     floor: Tensor,
@@ -171,7 +171,7 @@ def _step_(  # noqa: PLR0913, PLR0917
     step_size: Tensor,
 ) -> None:
     precision = h + delta
-    change = ((rho_times_estimate - rho * h) / precision).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
+    change = (change - rho * (h / precision)).clamp(-LARGEST_CHANGE, LARGEST_CHANGE)
     moved = precision * change
     new_h = torch.maximum(h + moved + 0.5 * (moved * change), floor)
     new_g = g * beta1 + rest1 * gradient

@@ -14,22 +14,18 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "KeyedNoise", "aligned", "stream_key"]
+__all__ = ["ALIGNMENT", "KeyedNoise", "aligned", "room_for", "stream_key"]
 
 TRAIN, PREDICT = 0, 1
 
 ALIGNMENT = 64
 """Every parameter begins at a multiple of it in the stream, and so do its numbers in memory: vector loads are fast."""
 
-CHUNK_ON_CPU = 1 << 14
-"""Seeding costs about 2% of drawing that many, and a model with fewer weights draws no more than that."""
+CHUNK_ON_CPU = 1 << 15
+"""Seeding costs a few percent of drawing that many, and a model with fewer weights draws no more than that."""
 
 CHUNK_ELSEWHERE = 1 << 22
 """On an accelerator a launch costs as much as drawing a million, so that the weights of an adapter take a few."""
-
-LONGEST_ON_CPU, LONGEST_ELSEWHERE = 1 << 17, 1 << 26
-"""Numbers in one piece of memory. On CPU, memory that is given back and taken again in large pieces costs as much as
-the numbers do: the system clears it each time."""
 
 
 def aligned(entries: int) -> int:
@@ -57,20 +53,24 @@ class KeyedNoise:
     def __init__(self) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def normal(self, device: torch.device, key: int, ranges: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Returns the float32 numbers in some ranges of a stream, flat; neighbours may share memory.
+    def normal(
+        self, device: torch.device, key: int, ranges: Sequence[tuple[int, int]], *, room: Tensor | None = None
+    ) -> list[Tensor]:
+        """Returns the float32 numbers in some ranges of a stream, flat; neighbours share memory.
 
         Args:
             device: where the numbers are wanted. Kinds of devices have different streams.
             key: of the stream, from `stream_key`.
             ranges: begin and end of each, in ascending order, without overlap.
+            room: where to write them, at least `room_for(ranges)` entries on that device; allocated otherwise.
         """
-        on_cpu = device.type == "cpu"
-        size, longest = (CHUNK_ON_CPU, LONGEST_ON_CPU) if on_cpu else (CHUNK_ELSEWHERE, LONGEST_ELSEWHERE)
+        size = CHUNK_ON_CPU if device.type == "cpu" else CHUNK_ELSEWHERE
+        if room is None:
+            room = torch.empty(room_for(ranges), dtype=torch.float32, device=device)
         drawn: list[Tensor] = []
         spare, held = torch.empty(0, device=device), -1  # the chunk drawn last of those that are needed in part
-        for begin, end, members in _runs(ranges, longest):
-            numbers = torch.empty(end - begin, dtype=torch.float32, device=device)
+        for begin, end, members in _runs(ranges):
+            numbers, room = room[: end - begin], room[aligned(end - begin) :]
             for chunk in range(begin // size, -(-end // size)):
                 low, high = max(begin, chunk * size), min(end, (chunk + 1) * size)
                 target = numbers[low - begin : high - begin]
@@ -93,11 +93,16 @@ class KeyedNoise:
         target.normal_(generator=generator)
 
 
-def _runs(ranges: Sequence[tuple[int, int]], longest: int) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Short ranges that follow each other but for the alignment between them, taken together: begin, end, ranges."""
+def room_for(ranges: Sequence[tuple[int, int]]) -> int:
+    """Returns the entries that the numbers in some ranges take at most, with the gaps that align them."""
+    return sum(aligned(end - begin) + ALIGNMENT for begin, end in ranges)
+
+
+def _runs(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
+    """Ranges that follow each other but for the alignment between them, taken together: begin, end, ranges."""
     members: list[tuple[int, int]] = []
     for each in ranges:
-        if members and (each[0] != aligned(members[-1][1]) or each[1] - members[0][0] > longest):
+        if members and each[0] != aligned(members[-1][1]):
             yield members[0][0], members[-1][1], members
             members = []
         members.append(each)

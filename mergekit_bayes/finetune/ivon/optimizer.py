@@ -13,25 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mergekit_bayes.errors import FinetuneError
-from mergekit_bayes.finetune.ivon.fused import can_fuse, decide, fused_perturb_, fused_update_
+from mergekit_bayes.finetune.ivon.fused import can_fuse, decide, fused_update_
 from mergekit_bayes.finetune.ivon.noise import PREDICT, TRAIN, KeyedNoise, aligned, stream_key
 from mergekit_bayes.finetune.ivon.options import check_group
 from mergekit_bayes.finetune.ivon.reduction import average_over_processes, process_rank
-from mergekit_bayes.finetune.ivon.sharding import (
-    agree,
-    draw,
-    drop_gathered,
-    is_sharded,
-    local,
-    refuse_foreign_sharding,
-)
-from mergekit_bayes.finetune.ivon.underway import StepUnderWay, Work
-from mergekit_bayes.finetune.ivon.update import Coefficients, Estimate, blocks, hess_floor, perturb_, update_
+from mergekit_bayes.finetune.ivon.sampling import Row, clones, exchange_, perturb_all_, restore_
+from mergekit_bayes.finetune.ivon.sharding import agree, drop_gathered, is_sharded, local, refuse_foreign_sharding
+from mergekit_bayes.finetune.ivon.underway import Group, Place, StepUnderWay, Work
+from mergekit_bayes.finetune.ivon.update import Coefficients, Estimate, blocks, hess_floor, update_
 
 __all__ = ["IVON"]
-
-Place = tuple[dict[str, Any], int, Tensor]
-"""Group, begin in the stream of noise, parameter."""
 
 _OWN = ("seed", "draws", "predictions", "skipped")  # one value for the whole optimizer, kept in every group
 
@@ -236,17 +227,30 @@ class IVON(Optimizer):
             self._perturb(trainable, means, train, sample, temperature)
             yield
         except BaseException:
+            self._leave(trainable, means, keep=False)
             if train:  # a sample that failed counts for nothing
-                self._under_way.fail_sample()
+                self._under_way.fail_sample(trainable)
             raise
+        else:
+            self._leave(trainable, means, keep=train)
+            if train:
+                self._under_way.end_sample(trainable)
         finally:
-            if means:
-                with torch.no_grad():  # local parts asked for anew: an engine may have moved them meanwhile
-                    torch._foreach_copy_([local(parameter) for parameter in means], list(means.values()))
-            self._drop_gathered()
             self._active = None
-        if train:
-            self._under_way.end_sample((group, parameter) for group, _, parameter in trainable)
+
+    @torch.no_grad()
+    def _leave(self, trainable: list[Place], means: dict[Tensor, Tensor], *, keep: bool) -> None:
+        """Restores the mean; keeps the sample where the step needs it and does not have it yet."""
+        samples = self._under_way.samples
+        fresh = {
+            parameter: means.pop(parameter)
+            for group, _, parameter in (trainable if keep else ())
+            if group["hess_approx"] == "price" and parameter not in samples
+        }
+        restore_(list(means), list(means.values()))
+        exchange_(list(fresh), list(fresh.values()))
+        samples.update(fresh)
+        self._drop_gathered()
 
     def _check_sample(self, train: bool, sample: int | None, temperature: float) -> None:
         if not (math.isfinite(temperature) and temperature >= 0) or (train and temperature != 1):
@@ -268,58 +272,38 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def _perturb(
-        self,
-        trainable: list[Place],
-        means: dict[Tensor, Tensor],
-        train: bool,
-        sample: int | None,
-        temperature: float,
+        self, trainable: list[Place], means: dict[Tensor, Tensor], train: bool, sample: int | None, temperature: float
     ) -> None:
         for group, _, parameter in trainable:
             self._start(group, parameter)
         if train:
-            self._under_way.begin_sample((group, parameter) for group, _, parameter in trainable)
-        noise = self._draw(trainable, train, sample)
+            self._under_way.begin_sample(trainable)
+        key, sign = self._key(train, sample)
+        held = self._under_way.samples if train else {}
         self._drop_gathered()
-        fusing = self._decide_fusing()
-        lists: dict[tuple[float, float, torch.device], list[list[Tensor]]] = {}
-        for group, _, parameter in trainable:
-            row = (local(parameter), local(self.state[parameter]["hess"]), noise[parameter])
-            scale, weight_decay = math.sqrt(temperature / group["ess"]), group["weight_decay"]
-            if fusing and can_fuse(*row):
-                means[parameter] = row[0].clone()  # first, and not by the same function: an interrupt may come between
-                fused_perturb_(*row, scale=scale, weight_decay=weight_decay)
-                continue
-            tensors = lists.setdefault((scale, weight_decay, row[0].device), [[], [], [], []])
-            for each, tensor in zip(tensors, (*row, parameter), strict=True):
-                each.append(tensor)
-        for (scale, weight_decay, _), (current, hess, z, parameters) in lists.items():
-            kept = [torch.empty_like(mean) for mean in current]
-            torch._foreach_copy_(kept, current)
-            means.update(zip(parameters, kept, strict=True))
-            for block in blocks([current, hess, z]):
-                perturb_(*block, scale=scale, weight_decay=weight_decay)
+        means.update(zip([p for *_, p in trainable], clones([local(p) for *_, p in trainable]), strict=True))
+        restore_(list(held), list(held.values()))  # a sample this step has drawn before
+        rows = []
+        for group, at, parameter in trainable:
+            if parameter not in held:
+                scale = sign * math.sqrt(temperature / group["ess"])
+                hess, weight_decay = self.state[parameter]["hess"], group["weight_decay"]
+                rows.append(Row.of(parameter, hess, at, scale=scale, weight_decay=weight_decay))
+        perturb_all_(rows, self._generator, key, fusing=self._decide_fusing())
 
-    def _draw(self, trainable: list[Place], train: bool, sample: int | None) -> dict[Tensor, Tensor]:
-        """The noise of a sample; in training, what this step has drawn before is used again."""
-        shared, held = self.param_groups[0], self._under_way.noise if train else {}
-        if train:
-            chosen = self._under_way.contexts % self.mc_samples if sample is None else sample
-            number = chosen // 2 if self.antithetic else chosen
-            rank = process_rank() if self.noise == "per_process" else 0
-            key = stream_key(shared["seed"], shared["draws"], number, purpose=TRAIN, rank=rank)
-            negate = self.antithetic and chosen % 2 == 1
-        else:
+    def _key(self, train: bool, sample: int | None) -> tuple[int, int]:
+        """The key of the noise of a sample, and its sign."""
+        shared = self.param_groups[0]
+        if not train:
             number = shared["predictions"] if sample is None else sample
-            key, negate = stream_key(shared["seed"], 0, number, purpose=PREDICT), False
             if sample is None:
                 self._set_own("predictions", number + 1)
-        fresh = draw(self._generator, key, [(at, parameter) for _, at, parameter in trainable if parameter not in held])
-        if negate:
-            for z in fresh.values():
-                z.neg_()
-        held.update(fresh)
-        return held
+            return stream_key(shared["seed"], 0, number, purpose=PREDICT), 1
+        chosen = self._under_way.contexts % self.mc_samples if sample is None else sample
+        number = chosen // 2 if self.antithetic else chosen
+        rank = process_rank() if self.noise == "per_process" else 0
+        key = stream_key(shared["seed"], shared["draws"], number, purpose=TRAIN, rank=rank)
+        return key, -1 if self.antithetic and chosen % 2 == 1 else 1
 
     def _trainable(self) -> Iterator[Place]:
         """Every trainable parameter with its group and its place in the stream of noise."""
@@ -380,7 +364,7 @@ class IVON(Optimizer):
 
     def _drop_within(self) -> None:
         """Inside a context, with earlier ones complete: an old habit that loses gradients, unless they are no loss."""
-        lost = self._under_way.drop_averages()
+        lost = self._under_way.drop_averages(self._trainable())
         if lost and _all_finite([local(gradient) for gradient in lost]):
             message = "IVON: zero_grad between two contexts of one step drops the gradients of the first; divide the "
             message += "loss and keep them, or set mc_samples if each context was meant to be another sample"
@@ -411,16 +395,16 @@ class IVON(Optimizer):
             return None
         loss = None if closure is None else self._run_closure(closure)
         self._check_contexts()
-        trainable = [(group, parameter) for group, _, parameter in self._trainable()]
-        work = self._under_way.gather(trainable)
+        trainable = list(self._trainable())
+        work, kind = self._under_way.gather(trainable, products=self.noise == "per_process")
         if self.noise == "per_process":
             # every process takes part, also one whose parameters got no gradient
             work, finite = average_over_processes(work, trainable)
         else:
             finite = _all_finite([gradient for _, _, gradient, _ in work])
-            finite = agree(finite, [parameter for _, parameter in trainable])
+            finite = agree(finite, [parameter for *_, parameter in trainable])
         if finite:
-            self._update(work)
+            self._update(work, kind)
         else:
             self._set_own("skipped", self.param_groups[0]["skipped"] + 1)
         self._set_own("draws", self.param_groups[0]["draws"] + 1)
@@ -457,7 +441,7 @@ class IVON(Optimizer):
             raise FinetuneError(f"{seen}; expected {self.mc_samples}, or a multiple for micro-batches")
 
     @torch.no_grad()
-    def _update(self, work: Work) -> None:
+    def _update(self, work: Work, kind: Callable[[Group], Estimate]) -> None:
         lists: dict[tuple[int, torch.device, int], list[list[Tensor]]] = {}
         coefficients: dict[tuple[int, int], Coefficients] = {}
         fusing = self._decide_fusing()
@@ -467,7 +451,7 @@ class IVON(Optimizer):
             state["hess_init_share"] *= group["beta2"]
             which, count = id(group), state["step"]
             if (which, count) not in coefficients:
-                coefficients[which, count] = _coefficients(group, count, self._under_way.estimate_of(group))
+                coefficients[which, count] = _coefficients(group, count, kind(group))
             row = (local(parameter), local(state["momentum"]), local(state["hess"]), gradient, estimate)
             if fusing and can_fuse(*row):
                 fused_update_(*row, coefficients=coefficients[which, count])

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mergekit_bayes.errors import FinetuneError
-from mergekit_bayes.finetune.ivon.underway import Work
+from mergekit_bayes.finetune.ivon.underway import Place, Work
 
 __all__ = ["average_over_processes", "process_rank"]
 
@@ -27,12 +26,12 @@ def process_rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def average_over_processes(work: Work, trainable: Sequence[tuple[dict[str, Any], Tensor]]) -> tuple[Work, bool]:
+def average_over_processes(work: Work, trainable: Sequence[Place]) -> tuple[Work, bool]:
     """Averages gradients and products in place, in buckets, and tells every process the same about their health.
 
     Args:
         work: group, parameter, gradient and product of what got a gradient here.
-        trainable: group and parameter of all that is trainable, in the same order everywhere.
+        trainable: all that is, in the same order everywhere.
 
     Returns:
         The work, with what got a gradient in other processes only added (this one's share is zero), and whether
@@ -45,14 +44,14 @@ def average_over_processes(work: Work, trainable: Sequence[tuple[dict[str, Any],
     if not (dist.is_available() and dist.is_initialized()):
         return work, health
     here = {parameter: (gradient, product) for _, parameter, gradient, product in work}
-    flags = [float(parameter in here) for _, parameter in trainable] + [float(not health)]
-    present = torch.tensor(flags, device=trainable[0][1].device if trainable else None)
+    flags = [float(parameter in here) for *_, parameter in trainable] + [float(not health)]
+    present = torch.tensor(flags, device=trainable[0][2].device if trainable else None)
     dist.all_reduce(present)
     *anywhere, unhealthy = present.tolist()
     if unhealthy:
         return work, False
     whole: Work = []
-    for (group, parameter), seen in zip(trainable, anywhere, strict=True):
+    for (group, _, parameter), seen in zip(trainable, anywhere, strict=True):
         if seen:
             pair = here.get(parameter) or (
                 torch.zeros_like(parameter, requires_grad=False),

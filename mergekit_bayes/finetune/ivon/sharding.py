@@ -6,7 +6,6 @@ draws the noise of its own part of the stream, so that the weights they gather a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,29 +13,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mergekit_bayes.errors import FinetuneError
-from mergekit_bayes.finetune.ivon.noise import KeyedNoise
 
 __all__ = [
     "agree",
-    "draw",
+    "cut_like",
     "drop_gathered",
     "is_sharded",
     "local",
     "local_gradient",
+    "local_range",
     "refuse_foreign_sharding",
     "whole",
 ]
 
+_PLAIN = (Tensor, nn.Parameter)
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor; asked without importing them."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Returns the part of a tensor that lives in this process, detached, sharing memory."""
-    tensor = tensor.detach()
-    return cast("Tensor", cast("Any", tensor).to_local()) if is_sharded(tensor) else tensor
+    """Returns the part of a tensor that lives in this process: a plain tensor itself. Not for use in autograd."""
+    return cast("Tensor", cast("Any", tensor.detach()).to_local()) if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -46,35 +46,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def local_gradient(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """Returns the part of a gradient that belongs to the local part of its parameter."""
+    """Returns the part of a gradient that belongs to the local part of its parameter.
+
+    Raises:
+        FinetuneError: a sparse one.
+    """
     if is_sharded(parameter) and is_sharded(gradient):
         wanted = cast("Any", parameter).placements
         if cast("Any", gradient).placements != wanted:
             gradient = cast("Any", gradient).redistribute(placements=wanted)
+    if gradient.layout != torch.strided:
+        raise FinetuneError("IVON: sparse gradients have no curvature estimate; use a dense embedding")
     return local(gradient)
-
-
-def draw(noise: KeyedNoise, key: int, places: Sequence[tuple[int, Tensor]]) -> dict[Tensor, Tensor]:
-    """Returns normal numbers for the local part of every parameter.
-
-    Args:
-        noise: the source.
-        key: of the stream.
-        places: begin in the stream, and parameter; in ascending order.
-    """
-    drawn: dict[Tensor, Tensor] = {}
-    ranges: dict[torch.device, list[tuple[Tensor, tuple[int, int]]]] = {}
-    for at, parameter in places:
-        part = local_range(parameter)
-        if part is not None:
-            ranges.setdefault(local(parameter).device, []).append((parameter, (at + part[0], at + part[1])))
-            continue
-        (numbers,) = noise.normal(local(parameter).device, key, [(at, at + parameter.numel())])
-        drawn[parameter] = _cut_like(parameter, numbers.view(parameter.shape))
-    for device, wanted in ranges.items():
-        parts = noise.normal(device, key, [each for _, each in wanted])
-        drawn |= {parameter: z.view(local(parameter).shape) for (parameter, _), z in zip(wanted, parts, strict=True)}
-    return drawn
 
 
 def local_range(parameter: Tensor) -> tuple[int, int] | None:
@@ -96,12 +79,12 @@ def local_range(parameter: Tensor) -> tuple[int, int] | None:
     return begin, begin + local(parameter).numel()
 
 
-def _cut_like(parameter: Tensor, values: Tensor) -> Tensor:
-    """The local part of a tensor that every process holds whole, cut like a parameter; nothing is sent."""
+def cut_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Returns the local part of flat values that every process holds whole, cut like a parameter; nothing is sent."""
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = cast("Any", parameter).device_mesh, cast("Any", parameter).placements
-    return distribute_tensor(values, mesh, placements, src_data_rank=None).to_local()
+    return distribute_tensor(values.view(parameter.shape), mesh, placements, src_data_rank=None).to_local()
 
 
 def agree(finite: bool, parameters: list[Tensor]) -> bool:

@@ -3,12 +3,14 @@
 With mean m, momentum g, curvature h, effective sample size lambda (`ess`), weight decay delta, rho = 1 - beta2:
 
     theta ~ N(m, 1 / (lambda (h + delta)))
-    h_hat = g_hat (theta - m) lambda (h + delta)                                     price
+    h_hat = g_hat (theta - m) lambda (h + delta)
     g <- beta1 g + (1 - beta1) g_hat
     h <- h + (h + delta) (x + x^2 / 2),   x = rho (h_hat - h) / (h + delta)
     m <- m - lr clip((g / (1 - beta1^t) + delta m) / (h + delta), -xi, xi)
 
 Here they are written with foreach operations, which need no compiler; fused.py has them as one pass.
+
+theta - m is the difference that was realized, in the precision of the weights, not the one that was drawn.
 
 The line for h is the paper's beta2 h + rho h_hat + rho^2 (h - h_hat)^2 / (2 (h + delta)), written so that
 h + delta is multiplied by ((1 + x)^2 + 1) / 2 >= 1/2 and stays positive in float32 too.
@@ -24,7 +26,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-__all__ = ["Coefficients", "Estimate", "blocks", "hess_floor", "perturb_", "update_"]
+__all__ = ["Coefficients", "Estimate", "blocks", "differences_", "hess_floor", "perturb_", "update_"]
 
 BLOCK_ON_CPU = 1 << 16
 """Elements per block: the blocks of one update stay in the cache, and calls cost less than what they do."""
@@ -39,8 +41,8 @@ LARGEST_CHANGE = 1e15
 class Estimate(Enum):
     """What the last list of an update holds."""
 
-    NOISE = "z, with theta = m + z / sqrt(lambda (h + delta))"
-    PRODUCT = "z g_hat, or its mean over samples"
+    SAMPLE = "theta"
+    PRODUCT = "g_hat (theta - m), or its mean over samples"
     CURVATURE = "h_hat"
 
 
@@ -87,27 +89,38 @@ def blocks(tensors: Sequence[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], 
     if not tensors[0]:
         return
     limit = BLOCK_ON_CPU if tensors[0][0].device.type == "cpu" else BLOCK_ELSEWHERE
-    pending: list[list[Tensor]] = [[] for _ in tensors]
+    pending: list[Sequence[Tensor]] = []
     size = 0
     for row in zip(*tensors, strict=True):
         for piece in _pieces(row, limit):
             if size and size + piece[0].numel() > limit:
-                yield tuple(pending)
-                pending, size = [[] for _ in tensors], 0
-            for views, view in zip(pending, piece, strict=True):
-                views.append(view)
+                yield tuple(list(views) for views in zip(*pending, strict=True))
+                pending, size = [], 0
+            pending.append(piece)
             size += piece[0].numel()
     if size:
-        yield tuple(pending)
+        yield tuple(list(views) for views in zip(*pending, strict=True))
 
 
-def _pieces(row: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
-    if not all(tensor.is_contiguous() for tensor in row):
-        yield list(row)  # views of parts would pair entries by their place in memory, not by their index
+def _pieces(row: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
+    # views of parts would pair entries by their place in memory, not by their index, were one not contiguous
+    if row[0].numel() <= limit or not all(tensor.is_contiguous() for tensor in row):
+        yield row
         return
     flat = [tensor.view(-1) for tensor in row]
     for start in range(0, flat[0].numel(), limit):
         yield [tensor[start : start + limit] for tensor in flat]
+
+
+def differences_(samples: Sequence[Tensor], means: Sequence[Tensor]) -> list[Tensor]:
+    """Returns theta - m in float32, in place of the samples if they have that dtype."""
+    if all(sample.dtype == torch.float32 for sample in samples):
+        samples = list(samples)
+        torch._foreach_sub_(samples, list(means))
+        return samples
+    # a difference of two half-precision numbers is no such number
+    wide = [sample.double() if sample.dtype == torch.float64 else sample.float() for sample in samples]
+    return [(sample - mean).float() for sample, mean in zip(wide, means, strict=True)]
 
 
 def perturb_(
@@ -136,22 +149,20 @@ def update_(
         momenta: g, float32.
         hess: h, float32.
         gradients: g_hat, any floating dtype.
-        estimates: float32, what the coefficients say; noise is overwritten.
+        estimates: what the coefficients say; products and curvatures in float32, samples in the dtype of m.
+            Overwritten.
         coefficients: the scalars of the step.
     """
     c = coefficients
     rho = 1 - c.beta2
-    precision = torch._foreach_add(hess, c.weight_decay)
-    if c.estimate is Estimate.NOISE:
+    if c.estimate is Estimate.SAMPLE:
+        estimates = differences_(estimates, means)
         torch._foreach_mul_(estimates, gradients)
+    precision = torch._foreach_add(hess, c.weight_decay)
+    change = torch._foreach_mul(estimates, rho if c.estimate is Estimate.CURVATURE else rho * c.ess)
     if c.estimate is Estimate.CURVATURE:
-        change = torch._foreach_mul(estimates, rho)
-    else:
-        change = torch._foreach_sqrt(precision)
-        torch._foreach_mul_(change, estimates)
-        torch._foreach_mul_(change, rho * math.sqrt(c.ess))
-    torch._foreach_add_(change, hess, alpha=-rho)
-    torch._foreach_div_(change, precision)
+        torch._foreach_div_(change, precision)
+    torch._foreach_add_(change, torch._foreach_div(hess, precision), alpha=-rho)
     torch._foreach_clamp_max_(change, LARGEST_CHANGE)
     torch._foreach_clamp_min_(change, -LARGEST_CHANGE)
     torch._foreach_mul_(precision, change)

@@ -1,0 +1,148 @@
+"""From means to a sample and back.
+
+Noise is drawn for as many weights at a time as stay in the cache, used at once, and never held. What is held is one
+tensor per parameter: the mean while the parameter is the sample, and the sample from then on until the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mergekit_bayes.finetune.ivon.fused import can_fuse, fused_perturb_
+from mergekit_bayes.finetune.ivon.noise import KeyedNoise, room_for
+from mergekit_bayes.finetune.ivon.sharding import cut_like, local, local_range
+from mergekit_bayes.finetune.ivon.update import blocks, perturb_
+
+__all__ = ["Row", "clones", "exchange_", "perturb_all_", "restore_"]
+
+DRAWN_ON_CPU, DRAWN_ELSEWHERE = 1 << 20, 1 << 24
+"""Numbers drawn before they are used: 4 MiB on CPU, few launches elsewhere."""
+
+
+class Row(NamedTuple):
+    """One parameter, or a part of one, that is to be perturbed.
+
+    Attributes:
+        mean: local part.
+        hess: curvature of the same.
+        scale: sqrt(temperature / ess); negative for the opposite sample.
+        weight_decay: delta.
+        at: its begin in the stream of noise.
+        odd: the parameter, where its local part is not one range of it; `at` is then that of the whole parameter.
+    """
+
+    mean: Tensor
+    hess: Tensor
+    scale: float
+    weight_decay: float
+    at: int
+    odd: Tensor | None = None
+
+    @classmethod
+    def of(cls, parameter: Tensor, hess: Tensor, at: int, *, scale: float, weight_decay: float) -> Row:
+        """Returns the row of a parameter whose numbers begin at a place of the stream."""
+        part = local_range(parameter)
+        if part is None:
+            return cls(local(parameter), local(hess), scale, weight_decay, at, parameter)
+        return cls(local(parameter), local(hess), scale, weight_decay, at + part[0])
+
+
+def perturb_all_(rows: Sequence[Row], noise: KeyedNoise, key: int, *, fusing: bool) -> None:
+    """Turns means into a sample of theirs.
+
+    Args:
+        rows: in the order of the stream.
+        noise: the source.
+        key: of the stream.
+        fusing: use compiled functions where they pay.
+    """
+    by_device: dict[torch.device, list[Row]] = {}
+    for row in rows:
+        if row.odd is None:
+            by_device.setdefault(row.mean.device, []).append(row)
+        else:
+            numbers = noise.normal(row.mean.device, key, [(row.at, row.at + row.odd.numel())])
+            _perturb_([row], [cut_like(row.odd, numbers[0])], fusing=fusing)
+    for device, there in by_device.items():
+        limit = DRAWN_ON_CPU if device.type == "cpu" else DRAWN_ELSEWHERE
+        room = torch.empty(0, device=device)
+        for batch in _batches(there, limit):
+            ranges = [(row.at, row.at + row.mean.numel()) for row in batch]
+            if room.numel() < room_for(ranges):
+                room = torch.empty(room_for(ranges), dtype=torch.float32, device=device)
+            _perturb_(batch, noise.normal(device, key, ranges, room=room), fusing=fusing)
+
+
+def _batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        for part in _parts(row, limit):
+            if batch and size + part.mean.numel() > limit:
+                yield batch
+                batch, size = [], 0
+            batch.append(part)
+            size += part.mean.numel()
+    if batch:
+        yield batch
+
+
+def _parts(row: Row, limit: int) -> Iterator[Row]:
+    if row.mean.numel() <= limit or not (row.mean.is_contiguous() and row.hess.is_contiguous()):
+        yield row
+        return
+    mean, hess = row.mean.view(-1), row.hess.view(-1)
+    for begin in range(0, mean.numel(), limit):
+        end = begin + limit
+        yield row._replace(mean=mean[begin:end], hess=hess[begin:end], at=row.at + begin)
+
+
+def _perturb_(rows: Sequence[Row], noise: Sequence[Tensor], *, fusing: bool) -> None:
+    alike: dict[tuple[float, float], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for row, numbers in zip(rows, noise, strict=True):
+        z = numbers.view(row.mean.shape)
+        if fusing and can_fuse(row.mean, row.hess, z):
+            fused_perturb_(row.mean, row.hess, z, scale=row.scale, weight_decay=row.weight_decay)
+        else:
+            alike.setdefault((row.scale, row.weight_decay), []).append((row.mean, row.hess, z))
+    for (scale, weight_decay), tensors in alike.items():
+        for block in blocks(list(zip(*tensors, strict=True))):
+            perturb_(*block, scale=scale, weight_decay=weight_decay)
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns copies, made in few launches."""
+    copies = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def restore_(parameters: Sequence[Tensor], means: Sequence[Tensor]) -> None:
+    """Writes the means back; local parts are asked for anew, an engine may have moved them meanwhile."""
+    if parameters:
+        torch._foreach_copy_([local(parameter) for parameter in parameters], list(means))
+
+
+def exchange_(parameters: Sequence[Tensor], means: Sequence[Tensor]) -> None:
+    """Swaps samples and means: the parameters get the means, also when this is interrupted."""
+    here: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    for parameter, mean in zip(parameters, means, strict=True):
+        lists = here.setdefault(mean.device, ([], []))
+        lists[0].append(local(parameter))
+        lists[1].append(mean)
+    pending = [block for lists in here.values() for block in blocks(lists)]
+    try:
+        while pending:
+            samples, kept = pending[-1]
+            copies = clones(samples)
+            torch._foreach_copy_(samples, kept)
+            pending.pop()
+            torch._foreach_copy_(kept, copies)
+    finally:
+        for samples, kept in pending:
+            torch._foreach_copy_(samples, kept)
