@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from mergekit_bayes.checkpoint.output import OutputFolder
 from mergekit_bayes.checkpoint.placement import resolve_target, work_folder
 from mergekit_bayes.errors import RecipeError
 from mergekit_bayes.finetune.choose import Beginning, choose_beginning
+from mergekit_bayes.finetune.describe import describe, local_inputs
 from mergekit_bayes.finetune.finish import finish_folder
 from mergekit_bayes.finetune.interrupt import StopRequest, stop_on_signals
 from mergekit_bayes.finetune.logbook import LOG_NAME, LogBook
@@ -138,7 +139,7 @@ def _run(recipe: FinetuneRecipe, target: Path, options: _Options) -> FinetuneRes
     accelerator = make_accelerator(recipe.training, work_folder(resolve_target(target)) / "staging" / "trackers")
     check_launch()
     leader = accelerator.is_main_process
-    inputs = _inputs(recipe, options.places)
+    inputs = local_inputs(recipe, options.recipe_dir)
     output = OutputFolder(target, overwrite=options.overwrite, inputs=inputs, job=JOB, leader=leader, precious=True)
     if leader:
         output.recover()
@@ -164,12 +165,6 @@ def _run(recipe: FinetuneRecipe, target: Path, options: _Options) -> FinetuneRes
 def _clear(saver: Saver, beginning: Beginning) -> None:
     kept = beginning.checkpoint.step if beginning.checkpoint is not None and beginning.own else -1
     saver.drop_after(kept)
-
-
-def _inputs(recipe: FinetuneRecipe, places: Sequence[Path]) -> list[Path]:
-    """Files and folders the run reads, as far as they are local."""
-    named = [recipe.model.path, *(data_set.path for data_set in (*recipe.data.train, *recipe.data.eval))]
-    return [path for name in named for place in places if (path := place / name).exists()]
 
 
 def _train(
@@ -263,10 +258,3 @@ def _introduce(setup: Setup, beginning: Beginning, shown: Progress) -> None:
     shown.note(f"{count:,} trainable parameters, {setup.length.steps:,} steps of {setup.feed.global_batch} rows")
     if setup.start is not None and beginning.checkpoint is None:
         shown.note(setup.start.line())
-
-
-def describe(recipe: FinetuneRecipe) -> str:
-    """Returns what a recipe will do, for `bayes-merge plan`; no model and no data are opened."""
-    from mergekit_bayes.recipe import dump_yaml
-
-    return dump_yaml(recipe.resolved())
