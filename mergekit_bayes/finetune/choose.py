@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.files import shown
-from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.errors import CheckpointError, FinetuneError
 from mergekit_bayes.finetune.checkpoints import Checkpoint, find_checkpoints, load_checkpoint, name_of, newest_whole
 from mergekit_bayes.finetune.resume import Change, Effect, recipe_changes
 from mergekit_bayes.finetune.saving import FOLDER
@@ -62,6 +62,12 @@ def choose_beginning(wanted: bool | str, identity: Identity, own: Path, *, place
     if wanted is False:
         return Beginning(None)
     found, faults = newest_whole(own)
+    if found is None and faults:
+        seen = "\n".join(f"  {fault}" for fault in faults)
+        raise CheckpointError(
+            f"no checkpoint of the interrupted run can be used:\n{seen}\n"
+            "start anew with `--set training.resume_from_checkpoint=false`, which deletes them"
+        )
     notes = tuple(f"passed over: {fault}" for fault in faults)
     if isinstance(wanted, str):
         if found is not None and found.state["identity"]["origin"] == wanted and not _refused(found, identity, True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergekit_bayes.data import collate, evaluation_batches
-from mergekit_bayes.finetune.loss import IGNORED, forward, summed_loss, targets
+from mergekit_bayes.finetune.loss import IGNORED, exact_dtype, forward, summed_loss, targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,11 +51,12 @@ def evaluate(
     training = model.training
     model.eval()
     try:
-        sums = torch.zeros(3 + 3 * BINS, dtype=torch.float64, device=accelerator.device)
+        device, exact = accelerator.device, exact_dtype(accelerator.device)
+        sums = torch.zeros(3 + 3 * BINS, dtype=exact, device=device)
         for indices in _share(rows, batch_size, accelerator):
             chosen = [rows[index] for index in indices]
             batch = collate(chosen, pad_token_id=pad_token_id, task=rows.task, flatten=flatten)
-            batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
             sums += _sums(forward(model, batch), batch["labels"], rows.task)
     finally:
         model.train(training)
@@ -76,13 +77,14 @@ def _sums(logits: Tensor, labels: Tensor, task: str) -> Tensor:
     loss = summed_loss(logits, labels, task)
     # the values decide only which is largest, so the dtype of the logits will do; confidence is for few classes
     right = (logits.reshape(wanted.numel(), -1).argmax(-1) == wanted) & scored
-    head = torch.stack([loss.double(), scored.sum().double(), right.sum().double()])
-    bins = torch.zeros(3, BINS, dtype=torch.float64, device=logits.device)
+    exact = exact_dtype(logits.device)
+    head = torch.stack([loss.to(exact), scored.sum().to(exact), right.sum().to(exact)])
+    bins = torch.zeros(3, BINS, dtype=exact, device=logits.device)
     if task != "causal_lm":
-        confidence = torch.softmax(logits.float(), dim=-1).max(-1).values.double()
+        confidence = torch.softmax(logits.float(), dim=-1).max(-1).values
         place = (confidence * BINS).long().clamp(max=BINS - 1)
-        for row, values in zip(bins, (scored.double(), confidence * scored, right.double()), strict=True):
-            row.index_add_(0, place, values)
+        for row, values in zip(bins, (scored, confidence * scored, right), strict=True):
+            row.index_add_(0, place, values.to(exact))
     return torch.cat([head, bins.view(-1)])
 
 

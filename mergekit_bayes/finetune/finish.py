@@ -10,7 +10,7 @@ from mergekit_bayes.checkpoint.disk import write_atomically
 from mergekit_bayes.finetune.card import model_card
 from mergekit_bayes.finetune.curve import draw_curve
 from mergekit_bayes.finetune.ivon import IVON, diagnose, export_precision
-from mergekit_bayes.finetune.monitor import LITTLE_CURVATURE
+from mergekit_bayes.finetune.monitor import curvature_warning
 from mergekit_bayes.finetune.report import REPORT_NAME, peak_memory, report_text, versions
 from mergekit_bayes.model import save_trained, write_precision
 from mergekit_bayes.recipe import dump_yaml
@@ -87,27 +87,18 @@ def _write_precision(setup: Setup, folder: Path, counters: Counters) -> dict[str
         batch_size=max(1, round(counters.units / max(1, counters.step - counters.skipped))),
         dtype=output.precision,
     )
+    weights = sum(parameter.numel() for parameter in setup.parameters.values())
     return {
         "num_examples": num_examples(setup, counters),
         "debiased": output.debias_precision,
-        "floored": exported.floored,
+        "floored": exported.floored / weights,
         "moved": found.moved,
         "clipped": found.clipped,
         "noise_to_weight": found.noise_to_weight,
         "hess_init_share": found.hess_init_share,
         "lowest_precision": found.lowest_precision,
-        "warning": _warning(found.moved),
+        "warning": curvature_warning(moved=found.moved, floored=exported.floored / weights),
     }
-
-
-def _warning(moved: float) -> str | None:
-    if moved >= LITTLE_CURVATURE:
-        return None
-    return (
-        f"The precision carries almost no curvature: {moved:.1%} of it has moved more than 10% from hess_init. "
-        "Estimate it with a `precision` pass over the finished model, or train with a smaller optimizer.ess or "
-        "a smaller optimizer.beta2 (a larger 1 - beta2)."
-    )
 
 
 def _report(

@@ -14,10 +14,15 @@ from torch.nn.functional import cross_entropy, pad
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["IGNORED", "forward", "summed_loss", "targets"]
+__all__ = ["IGNORED", "exact_dtype", "forward", "summed_loss", "targets"]
 
 IGNORED = -100
 """Label of a token that is not to be predicted."""
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Returns what sums over many batches are kept in: float64, where a device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def forward(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mergekit_bayes.finetune.loss import exact_dtype
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -57,11 +59,9 @@ class Meter:
             steps_left: of the run.
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
-        own = torch.tensor([0.0, self._tokens], dtype=torch.float64)
-        if self._loss is not None:
-            own[0] = float(self._loss)
-        device = self._accelerator.device
-        loss, tokens = self._accelerator.reduce(own.to(device), "sum").tolist()
+        loss = 0.0 if self._loss is None else float(self._loss)
+        own = torch.tensor([loss, self._tokens], dtype=exact_dtype(self._accelerator.device))
+        loss, tokens = self._accelerator.reduce(own.to(self._accelerator.device), "sum").tolist()
         row: dict[str, float] = {"skipped": self._skipped} if self._skipped else {}
         if self._units:
             row["loss"] = loss / self._units

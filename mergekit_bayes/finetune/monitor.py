@@ -1,4 +1,4 @@
-"""Whether IVON's noise and curvature do what they should, measured while it trains."""
+"""Whether IVON's noise and curvature do what they should, measured while it trains on a sample of the weights."""
 
 from __future__ import annotations
 
@@ -8,39 +8,38 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mergekit_bayes.finetune.ivon import diagnose
-
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mergekit_bayes.finetune.ivon import IVON
 
-__all__ = ["LITTLE_CURVATURE", "Monitor"]
+__all__ = ["LITTLE_CURVATURE", "MUCH_FLOORED", "Monitor", "curvature_warning"]
 
 LITTLE_CURVATURE = 0.1
 """Share of curvatures that have left [0.9, 1.1] h0 below which a sidecar is called nearly constant."""
 
-_SAMPLED = 4096  # entries per parameter whose way is followed
+MUCH_FLOORED = 0.5
+"""Share of curvatures that are not positive without h0 above which a sidecar is called nearly noise."""
+
+_SAMPLED = 4096
+"""Entries per parameter that are looked at: enough for shares, and one step in a thousand of a large model's memory."""
 
 
 class Monitor:
-    """Follows the mean's way from where it started, on some entries of every parameter.
+    """Follows the posterior and the way the mean has gone, on some entries of every parameter.
 
     Args:
-        optimizer: IVON, whose parameters hold the initial mean, or will once `restart` has been called.
+        optimizer: IVON with one group, whose parameters hold the initial mean.
     """
 
     def __init__(self, optimizer: IVON) -> None:
         self._optimizer = optimizer
-        self._parameters: Sequence[Tensor] = [
-            p for group in optimizer.param_groups for p in group["params"] if p.requires_grad
-        ]
-        self._initial = [self._entries(p) for p in self._parameters]
-
-    @staticmethod
-    def _entries(tensor: Tensor) -> Tensor:
-        stride = max(1, tensor.numel() // _SAMPLED)
-        return tensor.detach().reshape(-1)[::stride].float().cpu().clone()  # also where it is on CPU already
+        (group,) = optimizer.param_groups
+        self._group = group
+        self._parameters: Sequence[Tensor] = [p for p in group["params"] if p.requires_grad]
+        self._initial = _sample(self._parameters)
+        counts = [(p.numel(), math.ceil(p.numel() / _stride(p))) for p in self._parameters]
+        self._weights = torch.cat([torch.full((taken,), numel / taken, dtype=torch.float64) for numel, taken in counts])
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -49,22 +48,56 @@ class Monitor:
         `noise_to_weight`: root mean square of the standard deviation over that of the weights. `moved`: share of
         curvatures outside [0.9, 1.1] h0. `clipped`: share of entries at the clip radius. `noise_to_progress`: root
         mean square of the standard deviation over that of the way the mean has gone; far above 1, the samples say
-        little about where training has led.
+        little about where training has led. `hess_init_share`: weight that h0 still has in h.
         """
-        found = diagnose(self._optimizer)
-        variance = square = 0.0
-        for group in self._optimizer.param_groups:
-            for parameter in group["params"]:
-                state = self._optimizer.state.get(parameter)
-                if state:
-                    hess = self._entries(state["hess"]).double()
-                    variance += float((1 / (group["ess"] * (hess + group["solved_weight_decay"]))).sum())
-        for parameter, initial in zip(self._parameters, self._initial, strict=True):
-            square += float((self._entries(parameter) - initial).double().square().sum())
+        group, states = self._group, [self._optimizer.state[p] for p in self._parameters]
+        hess, momentum = _sample([s["hess"] for s in states]), _sample([s["momentum"] for s in states])
+        mean, decay = _sample(self._parameters), group["weight_decay"]
+        precision = hess + group["solved_weight_decay"]
+        ratio = hess / group["hess_init"]
+        correction = 1 - group["beta1"] ** max(1, *(s["step"] for s in states)) if group["debias"] else 1.0
+        direction = (momentum / correction + decay * mean) / precision
+        noise = self._mean(1 / (group["ess"] * precision))
         return {
-            "noise_to_weight": found.noise_to_weight,
-            "moved": found.moved,
-            "clipped": found.clipped,
-            "noise_to_progress": math.sqrt(variance / square) if square else math.inf,
-            "hess_init_share": found.hess_init_share,
+            "noise_to_weight": _root(noise, self._mean(mean.square())),
+            "moved": self._mean((ratio < 0.9) | (ratio > 1.1)),
+            "clipped": self._mean(direction.abs() >= group["clip_radius"]),
+            "noise_to_progress": _root(noise, self._mean((mean - self._initial).square())),
+            "hess_init_share": max(s["hess_init_share"] for s in states),
         }
+
+    def _mean(self, values: Tensor) -> float:
+        return float((values * self._weights).sum() / self._weights.sum())
+
+
+def curvature_warning(*, moved: float, floored: float) -> str | None:
+    """Returns what to say of a sidecar that carries almost no curvature, and the remedy; None if it carries some.
+
+    Args:
+        moved: share of curvatures outside [0.9, 1.1] h0.
+        floored: share that had to be raised to the floor when what is left of h0 was taken out.
+    """
+    if moved < LITTLE_CURVATURE:
+        seen = f"{moved:.1%} of it has moved more than 10% from hess_init"
+    elif floored > MUCH_FLOORED:
+        seen = f"{floored:.1%} of it is not positive once what is left of hess_init is taken out"
+    else:
+        return None
+    return (
+        f"The precision carries almost no curvature: {seen}. Estimate it with a `precision` pass over the finished "
+        "model, or train with a smaller optimizer.ess or a smaller optimizer.beta2 (a larger 1 - beta2)."
+    )
+
+
+def _stride(tensor: Tensor) -> int:
+    return max(1, tensor.numel() // _SAMPLED)
+
+
+def _sample(tensors: Sequence[Tensor]) -> Tensor:
+    """Some entries of every tensor, in float64 on the CPU; one transfer for all."""
+    entries = [tensor.detach().reshape(-1)[:: _stride(tensor)].float() for tensor in tensors]
+    return torch.cat(entries).cpu().double()
+
+
+def _root(numerator: float, denominator: float) -> float:
+    return math.sqrt(numerator / denominator) if denominator else math.inf

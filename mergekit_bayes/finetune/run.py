@@ -23,7 +23,7 @@ from mergekit_bayes.finetune.progress import Progress, duration, follow
 from mergekit_bayes.finetune.report import REPORT_NAME
 from mergekit_bayes.finetune.saving import Saver
 from mergekit_bayes.finetune.schedule import learning_rate
-from mergekit_bayes.finetune.setup import Setup, make_accelerator, prepare, without_cache
+from mergekit_bayes.finetune.setup import Setup, check_engine, make_accelerator, prepare, without_cache
 from mergekit_bayes.finetune.state import capture, restore
 from mergekit_bayes.finetune.step import Stepper
 from mergekit_bayes.finetune.trackers import Trackers
@@ -138,6 +138,7 @@ def _run(recipe: FinetuneRecipe, target: Path, options: _Options) -> FinetuneRes
     began = time.monotonic()
     accelerator = make_accelerator(recipe.training, work_folder(resolve_target(target)) / "staging" / "trackers")
     check_launch()
+    check_engine(accelerator)
     leader = accelerator.is_main_process
     inputs = local_inputs(recipe, options.recipe_dir)
     output = OutputFolder(target, overwrite=options.overwrite, inputs=inputs, job=JOB, leader=leader, precious=True)

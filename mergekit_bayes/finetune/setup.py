@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.model import LoadedModel
     from mergekit_bayes.recipe.finetune import FinetuneRecipe, TrainingSpec
 
-__all__ = ["Setup", "make_accelerator", "prepare"]
+__all__ = ["Setup", "check_engine", "make_accelerator", "prepare", "without_cache"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,21 @@ def make_accelerator(training: TrainingSpec, folder: Path) -> Accelerator:
         if precision == "no":
             raise
         raise FinetuneError(f"training.{precision}: this device does not compute in it: {error}") from error
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Makes sure that every process holds the whole model, which steps, checkpoints and outputs rely on.
+
+    Raises:
+        FinetuneError: it is sharded, by FSDP, DeepSpeed or another engine.
+    """
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise FinetuneError(
+            f"launch: {kind}: the trainer keeps a whole model in every process (DDP); launch without it, make the "
+            "model smaller with `model.load_in_4bit: true` and an adapter, or use mergekit_bayes.IVON, which trains "
+            "fully_shard models, in a loop of your own"
+        )
 
 
 def prepare(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_bayes.finetune.ivon import IVON
-from mergekit_bayes.finetune.loss import forward, summed_loss
+from mergekit_bayes.finetune.loss import exact_dtype, forward, summed_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,8 +85,8 @@ class Stepper:
         samples = 1 if self._ivon is None else self._ivon.mc_samples
         # DDP averages over processes what has to be summed; so does IVON where each draws its own noise
         factor = self._accelerator.num_processes / max(units, 1)
-        loss = torch.zeros((), dtype=torch.float64 if self._accelerator.device.type == "cpu" else torch.float32)
-        loss = loss.to(self._accelerator.device)
+        device = self._accelerator.device
+        loss = torch.zeros((), dtype=exact_dtype(device), device=device)
         for _ in range(samples):
             with self._sampled():
                 loss += self._backward(micro_batches, factor) / samples

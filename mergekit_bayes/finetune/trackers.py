@@ -66,7 +66,9 @@ class Trackers:
     def finish(self) -> None:
         """Closes the trackers."""
         if self._names:
-            self._accelerator.end_training()
+            # not `end_training`, which would end the processes' connection too
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
 
 
 def _config(tree: Mapping[str, object], path: str = "") -> dict[str, object]:
