@@ -8,6 +8,8 @@
     reference    `model@revision+adapter` and where it lies
     adapter      a PEFT LoRA adapter folder; adapter_config what is plain LoRA; orientation how weights are stored
     sidecar      the precisions beside a checkpoint, and in sidecar_metadata what they mean
+    initial      where modules that a base has not started from
+    provenance   what a file of weights says about its base, its labels and its model's class
     fingerprint  which weights these are, without reading all of them
     reader       blocks of tensors from disk
     layout       where every tensor of an output goes

@@ -16,15 +16,13 @@ from torch import Tensor
 from mergekit_bayes.checkpoint.disk import disk_errors, write_atomically
 from mergekit_bayes.checkpoint.dtypes import dtype_of
 from mergekit_bayes.checkpoint.files import shown
+from mergekit_bayes.checkpoint.initial import FRESH_NAME
 from mergekit_bayes.checkpoint.sidecar_metadata import METADATA_KEY
 from mergekit_bayes.checkpoint.writer import ShardWriter, TensorEntry, index_json, index_name, layout_shards
 from mergekit_bayes.errors import OutputError
 from mergekit_bayes.model.base import BaseIdentity
 from mergekit_bayes.model.lora import ADAPTER_NAME
 from mergekit_bayes.model.names import adapter_tensors, checkpoint_tensors, unwrapped
-
-FRESH_NAME = "initial_modules.safetensors"
-"""Starting values of modules that the base has not, beside what was trained; what a merge subtracts from them."""
 
 _MAX_SHARD_BYTES = 5 * 10**9
 
@@ -106,7 +104,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _provenance(model: Any, base: BaseIdentity) -> str:
-    """What a file says about itself in its header; an adapter has no other place for the names of labels."""
+    """What a file says about itself in its header; an adapter has no other place for labels and the model's class."""
     content: dict[str, object] = {
         "base_fingerprint": base.fingerprint,
         "base_model": base.path,
@@ -114,8 +112,14 @@ def _provenance(model: Any, base: BaseIdentity) -> str:
     }
     config: Any = getattr(model, "config", None)
     if getattr(config, "problem_type", None) == "single_label_classification":
+        content["architecture"] = _class_name(model.get_base_model() if hasattr(model, "peft_config") else model)
         content["labels"] = [config.id2label[index] for index in sorted(config.id2label)]
+        content["pad_token_id"] = config.pad_token_id
     return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def _class_name(model: Any) -> str:
+    return type(model).__name__.removeprefix("FSDP")  # which fully_shard puts before it
 
 
 def _adapter_configuration(model: Any, base: BaseIdentity) -> bytes:
@@ -142,7 +146,7 @@ def _config_of(model: Any, active: str) -> dict[str, Any]:
 
 def _model_configuration(model: Any) -> dict[str, bytes]:
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.architectures = [_class_name(model)]
     config.dtype = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
     files = {"config.json": config.to_json_string(use_diff=True).encode()}
     if model.can_generate() and getattr(model, "generation_config", None) is not None:

@@ -161,7 +161,9 @@ def test_a_classifier_s_adapter_loads_on_its_base(tmp_path: Path) -> None:
     assert torch.equal(logits(peft.PeftModel.from_pretrained(plain, folder).eval()), logits(loaded.model))
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["modules_to_save"], config["target_modules"]) == (["classifier"], ["query", "value"])
-    assert json.loads(open_adapter(folder).metadata[METADATA_KEY])["labels"] == list(LABELS)
+    told = json.loads(open_adapter(folder).metadata[METADATA_KEY])
+    assert (told["labels"], told["architecture"]) == (list(LABELS), "BertForSequenceClassification")
+    assert told["pad_token_id"] == loaded.tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(target_modules=("query",)), None], ids=["adapter", "full"])
