@@ -1,0 +1,104 @@
+"""The benchmarks of the optimizer run, compare equal work, and their pages show the results beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaluation.speed import lora_step, optimizer
+from evaluation.speed.alternate import allocated, alternate, ratio
+
+PAGES = Path(__file__).parent.parent.parent / "evaluation" / "speed"
+
+
+def test_steps_alternate_and_ratios_are_of_neighbours() -> None:
+    order: list[str] = []
+    steps = {name: lambda name=name: order.append(name) for name in ("one", "other")}
+    runs = alternate(steps, repeats=3, warmup=1, device="cpu")
+    assert order == ["one", "other"] * 4
+    assert {name: (len(each.wall), len(each.cpu)) for name, each in runs.items()} == {"one": (3, 3), "other": (3, 3)}
+    assert ratio([2.0, 8.0, 30.0], [1.0, 2.0, 10.0]) == 3.0
+
+
+def test_allocations_are_counted_at_their_peak_and_at_the_end() -> None:
+    def work() -> torch.Tensor:
+        first = torch.ones(1000)
+        kept = first + 1
+        del first
+        return kept
+
+    peak, kept = allocated(work)
+    assert 8000 <= peak < 9000
+    assert 4000 <= kept < 5000
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    optimizer.main(["--entries", "80000", "--tensors", "4", "--repeats", "2", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "optimizer.json").read_text())
+    page = (tmp_path / "optimizer.md").read_text()
+    assert page in capsys.readouterr().out
+    assert page == optimizer.page(results)
+    assert {"IVON", "IVON, not compiled", "AdamW, fused", "AdamW, foreach", "copy"} <= set(results["runs"])
+    assert results["memory"]["IVON"]["kept"] == pytest.approx(8, abs=0.1)
+    assert results["memory"]["AdamW, fused"]["kept"] == pytest.approx(8, abs=0.1)
+
+
+def test_what_is_compared_with_ivon_opt_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {name: {"wall": [1.0, 2.0], "cpu": [1.0, 1.0]} for name in [*optimizer.BYTES, "copy", "normal numbers"]}
+    runs["ivon-opt"] = {"wall": [4.0, 9.0], "cpu": [3.0, 3.0]}
+    results: dict[str, Any] = {
+        "entries": 100,
+        "tensors": 1,
+        "runs": runs,
+        "memory": {},
+        "machine": {
+            "processor": "P",
+            "vector instructions": "V",
+            "cores": 2,
+            "device": "cpu",
+            "threads": 1,
+            "torch": "2",
+            "load at start": 0.0,
+        },
+        "load at end": 0.0,
+        "command": "c",
+        "date": "d",
+    }
+    assert "4.25 times as fast as ivon-opt 0.1.3 (3.00 times by processor time)" in optimizer.page(results)
+    optimizer.variants()
+    assert capsys.readouterr().err in ("", "ivon-opt is not importable: left out\n")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of PEFT and transformers
+def test_the_benchmark_of_an_adapter_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--size", "tiny", "--batch", "2", "--tokens", "8", "--repeats", "2"]
+    lora_step.main([*shape, "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "lora_step.json").read_text())
+    page = (tmp_path / "lora_step.md").read_text()
+    assert page in capsys.readouterr().out
+    assert page == lora_step.page(results)
+    assert results["summary"]["time"] > 0
+    assert results["memory"]["IVON"] > results["memory"]["AdamW"]
+
+
+def test_both_steps_of_an_adapter_begin_with_the_same_model() -> None:
+    pytest.importorskip("peft")
+    models = [lora_step.adapted("tiny", "cpu", torch.float32, four_bit=False) for _ in range(2)]
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(one, other)
+    assert 0 < sum(p.numel() for p in lora_step.trained(models[0])) < sum(p.numel() for p in models[0].parameters())
+
+
+@pytest.mark.parametrize(("module", "name"), [(optimizer, "optimizer"), (lora_step, "lora_step")])
+def test_the_pages_show_the_committed_results(module: Any, name: str) -> None:
+    if not (PAGES / f"{name}.json").exists():
+        pytest.skip("no results are committed yet")
+    results = json.loads((PAGES / f"{name}.json").read_text())
+    assert results["summary"] == module.summary(results)
+    assert (PAGES / f"{name}.md").read_text() == module.page(results)
