@@ -41,7 +41,7 @@ class FolderLock:
         while not self._try():
             if time.monotonic() > deadline:
                 raise OutputError(
-                    f"{shown(self.what)}: another merge{self._holder()} is writing to this folder; "
+                    f"{shown(self.what)}: another run{self._holder()} is writing to this folder; "
                     "wait until it has finished or choose another output folder"
                 )
             time.sleep(0.02)

@@ -101,7 +101,7 @@ def test_a_second_merge_into_the_same_folder_is_refused(site: Site, capsys: pyte
         with pytest.raises(SystemExit) as ended:
             main([str(recipe), str(site.out)])
         assert ended.value.code == 2
-        assert "another merge" in capsys.readouterr().err
+        assert "another run" in capsys.readouterr().err
         assert snapshot(site.root) == before
 
 

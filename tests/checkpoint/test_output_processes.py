@@ -42,9 +42,9 @@ def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path: Path, job: st
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
-        with pytest.raises(OutputError, match=rf"out: another merge \(process {child.pid} on"):
+        with pytest.raises(OutputError, match=rf"out: another run \(process {child.pid} on"):
             output_at(tmp_path / "out", job=job).__enter__()
-        with pytest.raises(OutputError, match="another merge"):
+        with pytest.raises(OutputError, match="another run"):
             output_at(tmp_path / "out", job=job).recover()
         assert contents(tmp_path / ".out.partial" / "staging") == {"a": "of the child"}
     finally:
@@ -56,7 +56,7 @@ def test_a_second_writer_is_refused_and_disturbs_nothing(tmp_path: Path, job: st
 
 def test_two_writers_in_one_process_exclude_each_other(tmp_path: Path) -> None:
     with output_at(tmp_path / "out") as output:
-        with pytest.raises(OutputError, match="another merge"):
+        with pytest.raises(OutputError, match="another run"):
             output_at(tmp_path / "out").__enter__()
         (output.staging / "a").write_text("1")
         output.publish()
