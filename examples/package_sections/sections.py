@@ -2,7 +2,7 @@
 
     python examples/package_sections/sections.py
 
-writes `data/train.jsonl` and `data/test.jsonl` beside this file, rows `{"text": ..., "label": ...}`, from what
+writes `data/{train,validation,test}.jsonl` beside this file, rows `{"text": ..., "label": ...}`, from what
 `apt-cache dumpavail` prints on this machine; run `apt-get update` first if it prints nothing. The descriptions belong
 to the packages' authors and are read where they are: none is part of this repository.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -63,30 +62,24 @@ def _fields(paragraph: str) -> dict[str, str]:
     return {pair[0]: pair[1].strip() for pair in pairs}
 
 
-def split(packages: Iterable[Package], *, train: int, test: int) -> Mapping[str, list[Package]]:
-    """Equally many packages of every section for training and for testing; no source package is on both sides.
+def split(packages: Iterable[Package], sizes: Mapping[str, int]) -> dict[str, list[Package]]:
+    """Equally many packages of every section for each part; no source package is in two of them.
 
     Args:
         packages: of the index.
-        train: packages per section to train on.
-        test: packages per section held out.
+        sizes: packages per section by the name of the part, those that must be full first.
 
     Returns:
-        "train" and "test"; fewer where a section is small. A text occurs once.
+        Packages by part; fewer where a section is small. A text occurs once.
     """
     unique = {package.text.casefold(): package for package in sorted(packages, key=_order)}
-    by_section: dict[str, list[Package]] = defaultdict(list)
-    for package in sorted(unique.values(), key=_order):
-        by_section[package.section].append(package)
-    parts: dict[str, list[Package]] = {"test": [], "train": []}
-    for section in SECTIONS:
-        held = by_section[section][:test]
-        sources = {package.source for package in held}
-        rest = [package for package in by_section[section][test:] if package.source not in sources]
-        parts["test"] += held
-        parts["train"] += rest[:train]
-    held_out = {package.source for package in parts["test"]}
-    parts["train"] = sorted((p for p in parts["train"] if p.source not in held_out), key=_order)
+    left = sorted(unique.values(), key=_order)
+    parts: dict[str, list[Package]] = {}
+    for name, size in sizes.items():
+        taken = [p for section in SECTIONS for p in [q for q in left if q.section == section][:size]]
+        sources = {package.source for package in taken}
+        left = [package for package in left if package.source not in sources]
+        parts[name] = sorted(taken, key=_order)
     return parts
 
 
@@ -103,13 +96,15 @@ def write(parts: Mapping[str, list[Package]], folder: Path = DATA) -> None:
 
 
 def main() -> None:
-    """Read the index and write both files."""
+    """Read the index and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=int, default=200, help="packages per section to train on")
-    parser.add_argument("--test", type=int, default=150, help="packages per section held out")
+    parser.add_argument("--test", type=int, default=150, help="packages per section")
+    parser.add_argument("--validation", type=int, default=50)
+    parser.add_argument("--train", type=int, default=100)
     parser.add_argument("--out", type=Path, default=DATA)
     arguments = parser.parse_args()
-    parts = split(read_index(), train=arguments.train, test=arguments.test)
+    sizes = {"test": arguments.test, "validation": arguments.validation, "train": arguments.train}
+    parts = split(read_index(), sizes)
     if not parts["train"]:
         raise SystemExit("apt-cache dumpavail printed no packages; expected Debian's index: run apt-get update first")
     write(parts, arguments.out)

@@ -130,7 +130,8 @@ def _training(recipe: FinetuneRecipe) -> str:
         given = [f"{name} {value:g}" for name, value in options.items() if value is not None]
         derived = [name for name, value in options.items() if value is None]
         if derived:
-            given.append(f"{', '.join(derived)} from the run and noise of {optimizer.noise_to_weight:g} of the weights")
+            noise = f"noise of {optimizer.noise_to_weight:g} of the weights"
+            given.append(f"{', '.join(derived)} from the run, temperature {optimizer.temperature:g} and {noise}")
         lines.append(f"IVON: {'; '.join(given)}")
     else:
         lines.append("AdamW: leaves no precision behind")

@@ -45,8 +45,8 @@ class Start:
 def starting_point(spec: IvonSpec, parameters: Sequence[torch.Tensor], *, units_seen: int, steps: int) -> Start:
     """Returns the recipe's ess, hess_init and beta2, and what follows for those it leaves open.
 
-    Without ess it is the number of units the run will see; without hess_init the noise is the recipe's
-    noise_to_weight; without beta2 the initial curvature keeps 5% of the curvature at the end of the run.
+    Without ess it is the number of units the run will see over the temperature; without hess_init the noise is the
+    recipe's noise_to_weight; without beta2 the initial curvature keeps 5% of the curvature at the end of the run.
 
     Args:
         spec: the recipe's section.
@@ -57,7 +57,7 @@ def starting_point(spec: IvonSpec, parameters: Sequence[torch.Tensor], *, units_
     Raises:
         FinetuneError: weight_decay does not allow that much noise.
     """
-    ess = float(units_seen) if spec.ess is None else spec.ess
+    ess = units_seen / spec.temperature if spec.ess is None else spec.ess
     derived = starting_values(
         parameters,
         units_seen=ess,  # type: ignore[arg-type]  # h0 follows from ess, whole or not

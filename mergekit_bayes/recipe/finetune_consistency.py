@@ -162,9 +162,10 @@ def _ivon(s: _Sections) -> Iterator[Problem]:
         key = "mc_samples" if "mc_samples" in s.optimizer else "antithetic"
         message = f"samples come in pairs; set an even `mc_samples`, found {samples}."
         yield Problem(("optimizer", key), message)
-    if all(s.optimizer.get(key) is not None for key in ("ess", "hess_init")) and "noise_to_weight" in s.optimizer:
-        message = "has no effect beside `ess` and `hess_init`; remove it or one of them."
-        yield Problem(("optimizer", "noise_to_weight"), message, at_key=True)
+    for given, source in (("ess", "temperature"), ("hess_init", "noise_to_weight")):
+        if s.optimizer.get(given) is not None and source in s.optimizer:
+            message = f"has no effect beside `{given}`; remove one of them."
+            yield Problem(("optimizer", source), message, at_key=True)
     if s.optimizer.get("noise") == "per_process" and _on(s.training, "fp16"):
         message = "each process would skip other steps with `training.fp16`; use bf16, or noise: shared."
         yield Problem(("optimizer", "noise"), message)

@@ -1,7 +1,7 @@
 """The section `optimizer`: IVON, which leaves a posterior behind, or AdamW, which does not.
 
 optimizer: ivon
-optimizer: {name: ivon, lr: 0.1, noise_to_weight: 0.1}
+optimizer: {name: ivon, lr: 0.2, clip_radius: 1e-3, temperature: 0.05}
 optimizer: {name: adamw, lr: 2e-4}
 """
 
@@ -40,20 +40,24 @@ _name = field.choice(
 
 def _clip_radius(value: object) -> float | None:
     if value == math.inf:
-        raise refusal("found infinity; leave the key out for no bound.")
+        raise refusal("found infinity; write null for no bound.")
     return None if value is None else field.positive(value)
 
 
 class IvonSpec(Spec):
     """IVON (Shen et al., ICML 2024): options of `mergekit_bayes.IVON`.
 
+    No weight moves further in a step than lr times clip_radius; with the defaults that is as far as AdamW's first steps
+    go with its default lr.
+
     Attributes:
         name: `ivon`.
         lr: peak step size, which the schedule scales.
-        ess: effective sample size, the inverse temperature over the data; None: from noise_to_weight.
+        ess: effective sample size; None: the training units of the run over temperature.
+        temperature: T = N / ess of the posterior that is sampled in training. At 1, which is Bayes' rule, the noise
+            of a short run hides what is to be learned.
         hess_init: initial curvature h0 of the mean loss; None: from noise_to_weight.
-        noise_to_weight: size of the noise over the size of the weights at the start, from which ess and hess_init
-            follow where they are not given.
+        noise_to_weight: size of the noise over the size of the weights at the start, from which hess_init follows.
         beta1: decay of the momentum.
         beta2: decay of the curvature; None: from the length of the run.
         weight_decay: delta, the prior precision over ess.
@@ -67,8 +71,9 @@ class IvonSpec(Spec):
     """
 
     name: Literal["ivon"] = "ivon"
-    lr: Annotated[float, checked(field.positive)] = 0.1
+    lr: Annotated[float, checked(field.positive)] = 0.2
     ess: Annotated[float | None, checked(field.optional(field.positive))] = None
+    temperature: Annotated[float, checked(field.positive)] = 0.05
     hess_init: Annotated[float | None, checked(field.optional(field.positive))] = None
     noise_to_weight: Annotated[float, checked(field.positive)] = 0.1
     beta1: Annotated[float, checked(_decay)] = 0.9
@@ -76,16 +81,16 @@ class IvonSpec(Spec):
     weight_decay: Annotated[float, checked(field.between(0))] = 0.0
     mc_samples: Annotated[int, checked(field.integer(1))] = 1
     hess_approx: Annotated[Literal["price", "gradsq"], checked(field.choice("price", "gradsq"))] = "price"
-    clip_radius: Annotated[float | None, checked(_clip_radius)] = None
+    clip_radius: Annotated[float | None, checked(_clip_radius)] = 1e-3
     debias: Annotated[bool, checked(field.boolean)] = True
     rescale_lr: Annotated[bool, checked(field.boolean)] = False
     antithetic: Annotated[bool, checked(field.boolean)] = False
     noise: Annotated[Literal["shared", "per_process"], checked(field.choice("shared", "per_process"))] = "shared"
 
     def without_effect(self) -> frozenset[str]:
-        """Where ess and hess_init are both given, nothing is left to follow from the noise."""
-        given = self.ess is not None and self.hess_init is not None
-        return frozenset({"noise_to_weight"}) if given else frozenset()
+        """What is given need not follow from anything."""
+        sources = {"temperature": self.ess, "noise_to_weight": self.hess_init}
+        return frozenset(name for name, given in sources.items() if given is not None)
 
 
 class AdamWSpec(Spec):

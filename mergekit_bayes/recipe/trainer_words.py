@@ -84,7 +84,6 @@ _HERE: Mapping[str, str] = {
     "`optimizer.beta1` and `optimizer.beta2`": "betas adam_betas",
     "`optimizer.eps`": "adam_epsilon adam_eps epsilon",
     "`optimizer`": "optim_args optimizer_kwargs optimizer_args optim_kwargs",
-    "`optimizer.ess`, the number of training units over the temperature": "temperature",
     "`optimizer.ess`": "effective_sample_size lambda lam num_data n_data dataset_size",
     "`optimizer.hess_init`": "h0 hessian_init hess_0 init_hess hess_start hess0 hessian_initial",
     "`optimizer.clip_radius`": "clip clip_value xi hess_clip",

@@ -60,11 +60,12 @@ def test_splits_by_source_package_and_takes_equally_many_of_each_section(section
         for section in sections.SECTIONS
         for index in range(60)
     ]
-    parts = sections.split(packages, train=12, test=10)
+    sizes = {"test": 10, "train": 12}
+    parts = sections.split(packages, sizes)
     assert not {p.source for p in parts["train"]} & {p.source for p in parts["test"]}
     assert not {p.text for p in parts["train"]} & {p.text for p in parts["test"]}
     assert set(Counter(p.section for p in parts["test"]).values()) == {10}
-    assert sections.split(list(reversed(packages)), train=12, test=10) == parts
+    assert sections.split(list(reversed(packages)), sizes) == parts
     sections.write(parts, tmp_path)
     first = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
     assert first == {"text": parts["train"][0].text, "label": parts["train"][0].section}

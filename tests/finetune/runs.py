@@ -48,7 +48,14 @@ def recipe(base: Path, *, task: str = "causal_lm", **sections: Any) -> dict[str,
         "model": {"path": str(base), "task": task},
         "adapter": {"r": 4, "lora_alpha": 8},
         "data": {"train": name, "eval": f"other {name}"},
-        "optimizer": {"name": "ivon", "lr": 10.0, "rescale_lr": True, "noise_to_weight": 0.02},
+        "optimizer": {
+            "name": "ivon",
+            "lr": 10.0,
+            "rescale_lr": True,
+            "temperature": 1.0,
+            "noise_to_weight": 0.02,
+            "clip_radius": 1e6,
+        },
         "training": {"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 2},
     }
     for key, section in sections.items():

@@ -40,7 +40,7 @@ def test_a_plan_says_what_will_happen_and_ends_in_the_recipe(llama: Path, data: 
         "        eval: 0.1 of the training rows",
         "        rows of at most 1024 tokens, packed; longer ones: truncate",
         "train   6 steps of 8 rows per process in 2 micro-batches, lr 10 linear, warm-up 0.1",
-        "        IVON: ess, hess_init, beta2 from the run and noise of 0.02 of the weights",
+        "        IVON: ess, hess_init, beta2 from the run, temperature 1 and noise of 0.02 of the weights",
         f"output  {tmp_path / 'out'}: adapter, precisions in float32, recipe, log, loss curve, report",
         "        checkpoints every 3 steps and at the end, the newest 2 kept",
     ]

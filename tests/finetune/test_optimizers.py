@@ -29,7 +29,7 @@ def first_ratio(optimizer: IVON, given: list[torch.Tensor]) -> float:
     ("options", "derived"),
     [
         ({}, ("ess", "hess_init", "beta2")),
-        ({"noise_to_weight": 0.3, "weight_decay": 0.01}, ("ess", "hess_init", "beta2")),
+        ({"noise_to_weight": 0.3, "weight_decay": 0.0005}, ("ess", "hess_init", "beta2")),
         ({"ess": 5000.0}, ("hess_init", "beta2")),
         ({"hess_init": 0.5, "beta2": 0.999}, ("ess",)),
         ({"ess": 700.5, "hess_init": 0.5, "beta2": 0.9}, ()),
@@ -39,7 +39,7 @@ def test_what_the_recipe_leaves_open_is_derived(options: dict[str, Any], derived
     spec, given = IvonSpec(**options), parameters()
     start = starting_point(spec, given, units_seen=1000, steps=50)
     assert start.derived == derived
-    assert start.ess == options.get("ess", 1000.0)
+    assert start.ess == options.get("ess", 1000 / spec.temperature)
     assert start.beta2 == pytest.approx(options.get("beta2", 0.05 ** (1 / 50)))
     if "hess_init" in options:
         assert start.hess_init == options["hess_init"]
@@ -58,7 +58,7 @@ def test_every_option_of_ivon_arrives() -> None:
         "noise": "per_process",
     }  # fmt: skip
     spec = IvonSpec(**options)
-    assert {name for name in IvonSpec.model_fields if name not in options} == {"name", "noise_to_weight"}
+    assert {name for name in IvonSpec.model_fields if name not in options} == {"name", "temperature", "noise_to_weight"}
     start = starting_point(spec, parameters(), units_seen=10, steps=5)
     optimizer = build_optimizer(spec, parameters(), start=start, seed=9, batch_units=32.0)
     (group,) = optimizer.param_groups
@@ -95,7 +95,7 @@ def test_adamw_does_without_a_fused_kernel_where_there_is_none(monkeypatch: pyte
 
 
 def test_a_new_course_changes_the_options_that_changed() -> None:
-    spec = IvonSpec(ess=10.0, hess_init=1.0, weight_decay=0.5)
+    spec = IvonSpec(ess=10.0, hess_init=1.0, weight_decay=0.5, clip_radius=None)
     start = starting_point(spec, parameters(), units_seen=10, steps=5)
     optimizer = build_optimizer(IvonSpec(ess=10.0, hess_init=1.0, clip_radius=0.1), parameters(), start=start)
     take_course(optimizer, spec, ["weight_decay", "clip_radius", "lr", "beta2"])

@@ -291,7 +291,7 @@ def test_one_process_has_one_noise(llama: Path, tmp_path: Path, noise: str) -> N
 
 
 def test_a_sidecar_without_curvature_says_so(llama: Path, tmp_path: Path) -> None:
-    options = {"ess": 1e6, "hess_init": 0.01, "beta2": 0.99999, "noise_to_weight": None}
+    options = {"ess": 1e6, "hess_init": 0.01, "beta2": 0.99999, "temperature": None, "noise_to_weight": None}
     result = run(recipe(llama, optimizer=options), tmp_path / "out")
     (note,) = result.report["notes"]
     for text in ("almost no curvature", "`precision` pass", "smaller optimizer.ess", "larger 1 - beta2"):

@@ -150,10 +150,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"optimizer": {"antithetic": False, "mc_samples": 3}},
         "optimizer.mc_samples: samples come in pairs; set an even `mc_samples`, found 3.",
     ),
-    "noise that is given already": (
-        {"optimizer": {"ess": 1e3, "hess_init": 1, "noise_to_weight": 0.1}},
+    "a curvature to begin with that is given already": (
+        {"optimizer": {"hess_init": 1, "noise_to_weight": 0.1}},
         {"optimizer": {"ess": 1e3, "noise_to_weight": 0.1}},
-        "optimizer.noise_to_weight: has no effect beside `ess` and `hess_init`; remove it or one of them.",
+        "optimizer.noise_to_weight: has no effect beside `hess_init`; remove one of them.",
+    ),
+    "a temperature that is given already": (
+        {"optimizer": {"ess": 1e3, "temperature": 0.1}},
+        {"optimizer": {"hess_init": 1, "temperature": 0.1}},
+        "optimizer.temperature: has no effect beside `ess`; remove one of them.",
     ),
     "own noise with loss scaling": (
         {"optimizer": {"noise": "per_process"}, "training": {"fp16": True}},

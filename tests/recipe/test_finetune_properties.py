@@ -92,6 +92,7 @@ recipes = mapping(
         name=st.just("ivon"),
         lr=rates,
         ess=st.none() | rates,
+        temperature=rates,
         hess_init=st.none() | rates,
         noise_to_weight=rates,
         beta1=shares,
