@@ -244,6 +244,22 @@ def test_noise_does_not_depend_on_what_else_is_trained() -> None:
         assert not torch.equal(models[0][0].weight, models[1][0].weight)
 
 
+def test_what_is_frozen_between_two_contexts_is_left_alone() -> None:
+    model = small_model()
+    optimizer = IVON(model.parameters(), **OPTIONS)
+    with optimizer.sampled_params(train=True):
+        loss_of(model, *batches(1)[0]).backward()
+    model[0].requires_grad_(False)
+    before = [p.detach().clone() for p in model.parameters()]
+    with optimizer.sampled_params(train=True):
+        assert torch.equal(model[0].weight, before[0])
+        assert not torch.equal(model[2].weight, before[2])
+        loss_of(model, *batches(1)[0]).backward()
+    optimizer.step()
+    assert equal([p.detach() for p in model[0].parameters()], before[:2])
+    assert not torch.equal(model[2].weight, before[2])
+
+
 def test_prediction_samples_differ_repeat_on_request_and_leave_training_alone() -> None:
     model, other = small_model(), small_model()
     optimizer, plain = IVON(model.parameters(), **OPTIONS), IVON(other.parameters(), **OPTIONS)

@@ -1,10 +1,16 @@
 """The optimizer: a mean and a curvature for every weight.
 
 - optimizer.py: samples weights, keeps a mean and a curvature
-- update.py: its equations on tensors, block by block
-- noise.py: normal numbers that depend on (seed, draw, sample, parameter) and on nothing else
 - options.py: which values its options may take
-- reduction.py: averages over processes, where every process draws its own sample
+- noise.py: normal numbers that depend on (seed, draw, sample, place) and on nothing else
+- sampling.py: from means to a sample and back
+- underway.py: the gradients of one step, over micro-batches and samples
+- update.py: the equations on tensors, by operations that need no compiler
+- fused.py: the same, compiled
+- finite.py: may the step be taken
+- prior.py: a weight decay that changes
+- sharding.py: weights spread over processes
+- reduction.py: averages over processes that each draw their own sample
 - export.py: curvature to precision
 - diagnostics.py: does the curvature carry information; starting values from a noise-to-weight ratio
 """

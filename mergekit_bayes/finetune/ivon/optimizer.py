@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.ivon.finite import agree, all_finite
 from mergekit_bayes.finetune.ivon.fused import can_fuse, decide, fused_update_
 from mergekit_bayes.finetune.ivon.noise import PREDICT, TRAIN, KeyedNoise, aligned, stream_key
 from mergekit_bayes.finetune.ivon.options import check_group
+from mergekit_bayes.finetune.ivon.prior import solve_prior
 from mergekit_bayes.finetune.ivon.reduction import average_over_processes, process_rank
 from mergekit_bayes.finetune.ivon.sampling import Row, clones, exchange_, perturb_all_, restore_
-from mergekit_bayes.finetune.ivon.sharding import agree, drop_gathered, is_sharded, local, refuse_foreign_sharding
+from mergekit_bayes.finetune.ivon.sharding import drop_gathered, is_sharded, local, refuse_foreign_sharding
 from mergekit_bayes.finetune.ivon.underway import Group, Place, StepUnderWay, Work
-from mergekit_bayes.finetune.ivon.update import Coefficients, Estimate, blocks, hess_floor, update_
+from mergekit_bayes.finetune.ivon.update import Coefficients, Estimate, blocks, update_
 
 __all__ = ["IVON"]
 
@@ -44,6 +46,10 @@ class IVON(Optimizer):
     micro-batches add up to the batch they were cut from, with the loss of each divided by their number. With
     `mc_samples` M, the contexts of a step go through samples 0 to M - 1 in turn, and the gradients of the
     samples are averaged; zeroing gradients in between is allowed and changes nothing.
+
+    A gradient scaler and Accelerate wrap it like any optimizer; `IVON.of(prepared)` is the one inside, which has the
+    context. After `fully_shard`, `bind(model)` tells it whose weights it samples. Engines that train copies of the
+    weights (DeepSpeed ZeRO, FSDP 1) are refused: a sample would not reach them.
 
     All options can differ between parameter groups except seed, mc_samples, antithetic and noise.
 
@@ -279,7 +285,8 @@ class IVON(Optimizer):
         if train:
             self._under_way.begin_sample(trainable)
         key, sign = self._key(train, sample)
-        held = self._under_way.samples if train else {}
+        samples = self._under_way.samples if train else {}
+        held = {parameter: samples[parameter] for *_, parameter in trainable if parameter in samples}
         self._drop_gathered()
         means.update(zip([p for *_, p in trainable], clones([local(p) for *_, p in trainable]), strict=True))
         restore_(list(held), list(held.values()))  # a sample this step has drawn before
@@ -309,7 +316,7 @@ class IVON(Optimizer):
         """Every trainable parameter with its group and its place in the stream of noise."""
         at = 0
         for group in self.param_groups:
-            self._solve_prior(group)
+            solve_prior(group, self.state)
             for parameter in group["params"]:
                 if parameter.requires_grad:
                     yield group, at, parameter
@@ -327,23 +334,6 @@ class IVON(Optimizer):
             zeros = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
             hess = torch.full_like(zeros, group["hess_init"])
             self.state[parameter] = {"step": 0, "momentum": zeros, "hess": hess, "hess_init_share": 1.0}
-
-    def _solve_prior(self, group: dict[str, Any]) -> None:
-        """After a change of weight_decay: keeps h, the data's share; where it is negative, keeps h + delta if lower."""
-        delta = group["weight_decay"]
-        if delta == group["solved_weight_decay"]:
-            return
-        check_group(group)
-        kept, old = 0, group["solved_weight_decay"]
-        for parameter in group["params"]:
-            if delta < old and self.state.get(parameter):
-                hess = local(self.state[parameter]["hess"])
-                kept += int((hess < 0).sum())
-                hess.copy_(torch.where(hess < 0, hess + (old - delta), hess)).clamp_(min=hess_floor(delta))
-        if kept:
-            message = f"IVON: weight_decay changed from {old} to {delta}; {kept} weights of negative curvature keep "
-            warnings.warn(message + "the precision they had", stacklevel=4)
-        group["solved_weight_decay"] = delta
 
     def _set_own(self, key: str, value: int) -> None:
         for group in self.param_groups:
@@ -365,7 +355,7 @@ class IVON(Optimizer):
     def _drop_within(self) -> None:
         """Inside a context, with earlier ones complete: an old habit that loses gradients, unless they are no loss."""
         lost = self._under_way.drop_averages(self._trainable())
-        if lost and _all_finite([local(gradient) for gradient in lost]):
+        if lost and all_finite([local(gradient) for gradient in lost]):
             message = "IVON: zero_grad between two contexts of one step drops the gradients of the first; divide the "
             message += "loss and keep them, or set mc_samples if each context was meant to be another sample"
             warnings.warn(message, stacklevel=3)
@@ -401,7 +391,7 @@ class IVON(Optimizer):
             # every process takes part, also one whose parameters got no gradient
             work, finite = average_over_processes(work, trainable)
         else:
-            finite = _all_finite([gradient for _, _, gradient, _ in work])
+            finite = all_finite([gradient for _, _, gradient, _ in work])
             finite = agree(finite, [parameter for *_, parameter in trainable])
         if finite:
             self._update(work, kind)
@@ -451,7 +441,7 @@ class IVON(Optimizer):
             state["hess_init_share"] *= group["beta2"]
             which, count = id(group), state["step"]
             if (which, count) not in coefficients:
-                coefficients[which, count] = _coefficients(group, count, kind(group))
+                coefficients[which, count] = Coefficients.of(group, count, kind(group))
             row = (local(parameter), local(state["momentum"]), local(state["hess"]), gradient, estimate)
             if fusing and can_fuse(*row):
                 fused_update_(*row, coefficients=coefficients[which, count])
@@ -484,32 +474,3 @@ class IVON(Optimizer):
                     tensor = cast("Tensor", state_dict["state"][index][key])
                     self.state[parameter][key] = tensor.detach().to(parameter.device, torch.float32, copy=True)
         self._forget()
-
-
-def _coefficients(group: Mapping[str, Any], count: int, estimate: Estimate) -> Coefficients:
-    rescale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
-    return Coefficients(
-        ess=group["ess"],
-        weight_decay=group["weight_decay"],
-        beta1=group["beta1"],
-        beta2=group["beta2"],
-        step_size=float(group["lr"]) * rescale,
-        clip_radius=group["clip_radius"],
-        bias_correction=1 - group["beta1"] ** count if group["debias"] else 1.0,
-        estimate=estimate,
-    )
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    """One pass over the tensors and one synchronisation per device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            by_device.setdefault(tensor.device, []).append(tensor)
-    extremes = []
-    for device, each in by_device.items():
-        if device.type == "cpu":  # seven times as fast there as the norm
-            extremes.append(torch.stack([value.float() for t in each for value in torch.aminmax(t)]))
-        else:
-            extremes.append(torch.stack([value.float() for value in torch._foreach_norm(each, math.inf)]))
-    return all(bool(torch.isfinite(values).all()) for values in extremes)

@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mergekit_bayes.errors import FinetuneError
 
 __all__ = [
-    "agree",
     "cut_like",
     "drop_gathered",
     "is_sharded",
@@ -85,21 +83,6 @@ def cut_like(parameter: Tensor, values: Tensor) -> Tensor:
 
     mesh, placements = cast("Any", parameter).device_mesh, cast("Any", parameter).placements
     return distribute_tensor(values.view(parameter.shape), mesh, placements, src_data_rank=None).to_local()
-
-
-def agree(finite: bool, parameters: list[Tensor]) -> bool:
-    """Returns whether all processes that hold a part of one of the parameters have said yes."""
-    meshes = []
-    for parameter in parameters:
-        mesh = getattr(parameter, "device_mesh", None)
-        if mesh is not None and mesh not in meshes:
-            meshes.append(mesh)
-    for mesh in meshes:
-        flag = torch.tensor(float(not finite), device=mesh.device_type)
-        for axis in range(mesh.ndim):
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=mesh.get_group(axis))
-        finite = not bool(flag)
-    return finite
 
 
 def drop_gathered(model: nn.Module) -> None:

@@ -19,9 +19,10 @@ h + delta is multiplied by ((1 + x)^2 + 1) / 2 >= 1/2 and stays positive in floa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,21 @@ class Coefficients:
     clip_radius: float
     bias_correction: float
     estimate: Estimate = Estimate.PRODUCT
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], count: int, estimate: Estimate) -> Coefficients:
+        """Returns those of the options of a group of parameters, in their step number `count`."""
+        rescale = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
+        return cls(
+            ess=group["ess"],
+            weight_decay=group["weight_decay"],
+            beta1=group["beta1"],
+            beta2=group["beta2"],
+            step_size=float(group["lr"]) * rescale,
+            clip_radius=group["clip_radius"],
+            bias_correction=1 - group["beta1"] ** count if group["debias"] else 1.0,
+            estimate=estimate,
+        )
 
 
 def hess_floor(weight_decay: float) -> float:
