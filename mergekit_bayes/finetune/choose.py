@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.files import shown
@@ -42,7 +42,9 @@ class Beginning:
         ]
 
 
-def choose_beginning(wanted: bool | str, identity: Identity, own: Path, *, places: Sequence[Path]) -> Beginning:
+def choose_beginning(
+    wanted: bool | str, identity: Identity, own: Path, *, places: Sequence[Path], steps: int
+) -> Beginning:
     """Decides where a run begins.
 
     An interrupted run is continued by the same recipe; keys that change nothing about the weights may differ, and so
@@ -54,45 +56,59 @@ def choose_beginning(wanted: bool | str, identity: Identity, own: Path, *, place
         identity: of the run as the recipe has it now.
         own: folder of this output's checkpoints.
         places: folders that a relative path is tried from.
+        steps: of the whole run.
 
     Raises:
-        FinetuneError: the recipe differs in what may not; the differences are shown.
+        FinetuneError: the recipe differs in what may not, and the differences are shown; or it ends before.
         CheckpointError: the named checkpoint is not there or not whole.
     """
     if wanted is False:
         return Beginning(None)
     found, faults = newest_whole(own)
-    if found is None and faults:
+    notes = tuple(f"passed over: {fault}" for fault in faults)
+    beginning = _own(found, faults, identity) if wanted is True else _named(wanted, found, identity, own, places)
+    if beginning.checkpoint is not None and beginning.checkpoint.step > steps:
+        taken = f"{name_of(beginning.checkpoint.step)} is beyond the end of this run, which has {steps} steps"
+        raise FinetuneError(f"{taken}; expected more `training.max_steps` or `training.num_train_epochs`")
+    return replace(beginning, notes=(*notes, *beginning.notes))
+
+
+def _own(found: Checkpoint | None, faults: Sequence[str], identity: Identity) -> Beginning:
+    """The newest checkpoint of an interrupted run, or the start."""
+    if found is not None:
+        return _begin(found, identity, named=False, own=True)
+    if faults:
         seen = "\n".join(f"  {fault}" for fault in faults)
         raise CheckpointError(
             f"no checkpoint of the interrupted run can be used:\n{seen}\n"
             "start anew with `--set training.resume_from_checkpoint=false`, which deletes them"
         )
-    notes = tuple(f"passed over: {fault}" for fault in faults)
-    if isinstance(wanted, str):
-        if found is not None and found.state["identity"]["origin"] == wanted and not _refused(found, identity, True):
-            return _begin(found, identity, notes, named=True, own=True)
-        path = _locate(wanted, places)
-        named = load_checkpoint(path)
-        return _begin(named, identity, notes, named=True, own=path.resolve().parent == own.resolve())
-    return Beginning(None, notes=notes) if found is None else _begin(found, identity, notes, named=False, own=True)
+    return Beginning(None)
 
 
-def _begin(checkpoint: Checkpoint, identity: Identity, notes: tuple[str, ...], *, named: bool, own: bool) -> Beginning:
-    refused = _refused(checkpoint, identity, named)
+def _named(wanted: str, found: Checkpoint | None, identity: Identity, own: Path, places: Sequence[Path]) -> Beginning:
+    """The named checkpoint, or the newest one of a run that began from it and was interrupted."""
+    if found is not None and found.state["identity"]["origin"] == wanted and not _refused(found, identity, named=True):
+        return _begin(found, identity, named=True, own=True)
+    path = _locate(wanted, places)
+    return _begin(load_checkpoint(path), identity, named=True, own=path.resolve().parent == own.resolve())
+
+
+def _begin(checkpoint: Checkpoint, identity: Identity, *, named: bool, own: bool) -> Beginning:
+    refused = _refused(checkpoint, identity, named=named)
     name = name_of(checkpoint.step)
     if refused:
         remedy = "restore these to continue, or start anew with `--set training.resume_from_checkpoint=false`"
-        if not named and all("optimizer." in fault or "training." in fault for fault in refused):
+        if not named and not _refused(checkpoint, identity, named=True):
             remedy += ", or name the checkpoint in training.resume_from_checkpoint to take another course from it"
         lines = "\n".join(f"  {fault}" for fault in refused)
         raise FinetuneError(f"{name} of an earlier run is of another recipe:\n{lines}\n{remedy}")
     changes = tuple(change for change in _changes(checkpoint, identity) if change.effect is not Effect.NONE)
     said = (f"continues from {name}", *(f"changed since: {change}" for change in changes))
-    return Beginning(checkpoint, own, changes, (*notes, *said))
+    return Beginning(checkpoint, own, changes, said)
 
 
-def _refused(checkpoint: Checkpoint, identity: Identity, named: bool) -> list[str]:
+def _refused(checkpoint: Checkpoint, identity: Identity, *, named: bool) -> list[str]:
     """Every difference that does not allow to go on, in words."""
     saved = checkpoint.state["identity"]
     faults = [str(change) for change in _changes(checkpoint, identity) if change.effect not in _ALLOWED[named]]

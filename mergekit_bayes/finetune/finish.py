@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from mergekit_bayes.recipe import dump_yaml
 if TYPE_CHECKING:
     from mergekit_bayes.finetune.loop import Counters
     from mergekit_bayes.finetune.setup import Setup
+    from mergekit_bayes.finetune.training import Trained
 
 __all__ = ["RECIPE_NAME", "finish_folder"]
 
@@ -25,23 +26,13 @@ RECIPE_NAME = "finetune_recipe.yaml"
 CURVE_NAME = "loss.png"
 
 
-def finish_folder(
-    setup: Setup,
-    folder: Path,
-    counters: Counters,
-    rows: Sequence[Mapping[str, Any]],
-    scores: Mapping[str, Mapping[str, float]],
-    *,
-    seconds: float,
-) -> None:
+def finish_folder(setup: Setup, folder: Path, trained: Trained, *, seconds: float) -> None:
     """Writes everything but log and checkpoints.
 
     Args:
         setup: the run.
         folder: where to.
-        counters: how far it went.
-        rows: of the log.
-        scores: of the mean weights at the end, by data set.
+        trained: how it went.
         seconds: since the call that runs now began.
 
     Raises:
@@ -50,10 +41,10 @@ def finish_folder(
     """
     recipe = setup.recipe
     save_trained(setup.loaded.model, setup.loaded.tokenizer, folder, base=setup.loaded.base)
-    precision = _write_precision(setup, folder, counters)
+    precision = _write_precision(setup, folder, trained.counters)
     _write(folder / RECIPE_NAME, dump_yaml(recipe.resolved()))
-    draw_curve(folder / CURVE_NAME, rows, unit=_unit(setup))
-    content = _report(setup, counters, scores, precision, seconds)
+    draw_curve(folder / CURVE_NAME, trained.rows, unit=_unit(setup))
+    content = _report(setup, trained, precision, seconds)
     _write(folder / REPORT_NAME, report_text(content))
     _write(folder / "README.md", model_card(content))
 
@@ -101,14 +92,8 @@ def _write_precision(setup: Setup, folder: Path, counters: Counters) -> dict[str
     }
 
 
-def _report(
-    setup: Setup,
-    counters: Counters,
-    scores: Mapping[str, Mapping[str, float]],
-    precision: Mapping[str, Any] | None,
-    seconds: float,
-) -> dict[str, Any]:
-    recipe, base, length = setup.recipe, setup.loaded.base, setup.length
+def _report(setup: Setup, trained: Trained, precision: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
+    recipe, base, length, counters = setup.recipe, setup.loaded.base, setup.length, trained.counters
     notes = [precision["warning"]] if precision is not None and precision["warning"] else []
     if counters.skipped:
         notes.append(f"{counters.skipped} of {counters.step} steps were skipped: their gradients were not finite.")
@@ -141,7 +126,7 @@ def _report(
             "start": None if setup.start is None else dict(setup.identity.start),
         },
         "precision": None if precision is None else dict(precision),
-        "evaluation": {name: dict(values) for name, values in scores.items()},
+        "evaluation": {name: dict(values) for name, values in trained.scores.items()},
         "seconds": {"training": counters.seconds, "this_call": seconds},
         "tokens_per_second": counters.tokens / counters.seconds if counters.seconds else None,
         "peak_memory": peak_memory(),

@@ -71,6 +71,7 @@ class Loop:
         held_out: rows by the name of their data set.
         length: of the run.
         rate: learning rate by steps taken.
+        meter: adds up what the next row of the log will say.
         log: where rows go.
         trackers: where they go too.
         stop: whether somebody wants the run to end.
@@ -88,6 +89,7 @@ class Loop:
     held_out: Mapping[str, Rows]
     length: RunLength
     rate: Callable[[int], float]
+    meter: Meter
     log: LogBook
     trackers: Trackers
     stop: StopRequest
@@ -104,8 +106,7 @@ class Loop:
             OutputError: a checkpoint or the log could not be written.
             KeyboardInterrupt: a signal asked for it; a checkpoint is there.
         """
-        counters = self.counters
-        meter = Meter(self.accelerator)
+        counters, meter = self.counters, self.meter
         shown: dict[str, Any] = {}
         self.model.train()
         data = self.feed.steps(first=counters.step, steps_per_epoch=self.length.steps_per_epoch)
@@ -116,7 +117,7 @@ class Loop:
             self._check_skipped()
             pause = time.monotonic()
             if self._due(self.training.logging_steps):
-                shown = self._log(meter)
+                shown = self._log()
             self.progress.advance(counters.step, shown)
             if self._due(self.training.eval_steps) and counters.step < self.length.steps:
                 self.evaluate()
@@ -141,9 +142,9 @@ class Loop:
     def _due(self, every: int | None) -> bool:
         return every is not None and (self.counters.step % every == 0 or self.counters.step == self.length.steps)
 
-    def _log(self, meter: Meter) -> dict[str, Any]:
+    def _log(self) -> dict[str, Any]:
         counters = self.counters
-        values, tokens, seconds = meter.read(steps_left=self.length.steps - counters.step)
+        values, tokens, seconds = self.meter.read(steps_left=self.length.steps - counters.step)
         counters.tokens += tokens
         counters.seconds += seconds
         row: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ __all__ = ["Meter"]
 
 
 class Meter:
-    """Adds up steps without waiting for the accelerator; only `read` does.
+    """Adds up steps without waiting for the accelerator; only `read` and `pending` do.
 
     Args:
         accelerator: adds the processes' sums.
@@ -50,6 +51,32 @@ class Meter:
         """Leaves time out of the speed that was spent on something else."""
         self._began += seconds
 
+    def pending(self) -> dict[str, float]:
+        """Returns what was added since the last reading, over all processes, for a checkpoint.
+
+        Every process must call this at the same step.
+        """
+        loss, tokens = self._sums()
+        return {
+            "loss": loss,
+            "tokens": tokens,
+            "units": self._units,
+            "steps": self._steps,
+            "skipped": self._skipped,
+            "seconds": time.monotonic() - self._began,
+        }
+
+    def take_up(self, pending: Mapping[str, float]) -> None:
+        """Goes on from what `pending` returned when the checkpoint was written, in any number of processes."""
+        self._reset()
+        self._units, self._steps = int(pending["units"]), int(pending["steps"])
+        self._skipped = int(pending["skipped"])
+        self._began -= pending["seconds"]
+        if self._accelerator.is_main_process:  # the sums of all are added again
+            device = self._accelerator.device
+            self._tokens = int(pending["tokens"])
+            self._loss = torch.tensor(pending["loss"], dtype=exact_dtype(device), device=device)
+
     def read(self, *, steps_left: int) -> tuple[dict[str, float], int, float]:
         """Returns a row of values, tokens seen by all processes and seconds, all since the last reading.
 
@@ -59,9 +86,7 @@ class Meter:
             steps_left: of the run.
         """
         seconds = max(time.monotonic() - self._began, 1e-9)
-        loss = 0.0 if self._loss is None else float(self._loss)
-        own = torch.tensor([loss, self._tokens], dtype=exact_dtype(self._accelerator.device))
-        loss, tokens = self._accelerator.reduce(own.to(self._accelerator.device), "sum").tolist()
+        loss, tokens = self._sums()
         row: dict[str, float] = {"skipped": self._skipped} if self._skipped else {}
         if self._units:
             row["loss"] = loss / self._units
@@ -70,4 +95,13 @@ class Meter:
         row["tokens_per_second"] = tokens / seconds
         row["seconds_left"] = seconds / max(self._steps, 1) * steps_left
         self._reset()
-        return row, int(tokens), seconds
+        return row, tokens, seconds
+
+    def _sums(self) -> tuple[float, int]:
+        """Loss and tokens of all processes."""
+        device = self._accelerator.device
+        own = torch.tensor([0.0, self._tokens], dtype=exact_dtype(device), device=device)
+        if self._loss is not None:
+            own[0] = self._loss
+        loss, tokens = self._accelerator.reduce(own, "sum").tolist()
+        return loss, int(tokens)

@@ -15,18 +15,12 @@ from mergekit_bayes.errors import RecipeError
 from mergekit_bayes.finetune.choose import Beginning, choose_beginning
 from mergekit_bayes.finetune.describe import describe, local_inputs
 from mergekit_bayes.finetune.finish import finish_folder
-from mergekit_bayes.finetune.interrupt import StopRequest, stop_on_signals
-from mergekit_bayes.finetune.logbook import LOG_NAME, LogBook
-from mergekit_bayes.finetune.loop import Counters, Loop
-from mergekit_bayes.finetune.optimizers import take_course
-from mergekit_bayes.finetune.progress import Progress, duration, follow
+from mergekit_bayes.finetune.interrupt import stop_on_signals
+from mergekit_bayes.finetune.progress import duration
 from mergekit_bayes.finetune.report import REPORT_NAME
 from mergekit_bayes.finetune.saving import Saver
-from mergekit_bayes.finetune.schedule import learning_rate
-from mergekit_bayes.finetune.setup import Setup, check_engine, make_accelerator, prepare, without_cache
-from mergekit_bayes.finetune.state import capture, restore
-from mergekit_bayes.finetune.step import Stepper
-from mergekit_bayes.finetune.trackers import Trackers
+from mergekit_bayes.finetune.setup import check_engine, make_accelerator, prepare
+from mergekit_bayes.finetune.training import train
 from mergekit_bayes.model import check_launch
 from mergekit_bayes.recipe import load_recipe
 
@@ -150,112 +144,25 @@ def _run(recipe: FinetuneRecipe, target: Path, options: _Options) -> FinetuneRes
         setup = prepare(recipe, accelerator, recipe_dir=options.recipe_dir, tables=options.tables)
         saver = Saver(output, recipe.training.save_total_limit)
         beginning = choose_beginning(
-            recipe.training.resume_from_checkpoint, setup.identity, saver.folder, places=options.places
+            recipe.training.resume_from_checkpoint,
+            setup.identity,
+            saver.folder,
+            places=options.places,
+            steps=setup.length.steps,
         )
         setup = setup.going_on(beginning.checkpoint)
         accelerator.wait_for_everyone()  # everybody has read what the leader may now delete
         if leader:
             _clear(saver, beginning)
-        report = _train(setup, beginning, saver, stop, progress=options.progress and leader, began=began)
+        trained = train(setup, beginning, saver, stop, show=options.progress and leader)
         if not leader:
             return FinetuneResult(target, {})
+        finish_folder(setup, output.staging, trained, seconds=time.monotonic() - began)
+        text = (output.staging / REPORT_NAME).read_text(encoding="utf-8")
         output.publish()
-    return FinetuneResult(target, report)
+    return FinetuneResult(target, json.loads(text))
 
 
 def _clear(saver: Saver, beginning: Beginning) -> None:
     kept = beginning.checkpoint.step if beginning.checkpoint is not None and beginning.own else -1
     saver.drop_after(kept)
-
-
-def _train(
-    setup: Setup, beginning: Beginning, saver: Saver, stop: StopRequest, *, progress: bool, began: float
-) -> dict[str, Any]:
-    recipe, accelerator, optimizer = setup.recipe, setup.accelerator, setup.optimizer
-    model = setup.loaded.model
-    wrapped = accelerator.prepare_model(model)
-    counters, log_text = Counters(), ""
-    if beginning.checkpoint is not None:
-        counters = restore(beginning.checkpoint, setup.parameters, optimizer)
-        take_course(optimizer, recipe.optimizer, beginning.changed("optimizer"))
-        log_text = beginning.checkpoint.log
-        if accelerator.scaler is not None and beginning.checkpoint.state["scaler"] is not None:
-            accelerator.scaler.load_state_dict(beginning.checkpoint.state["scaler"])
-    stepper = Stepper(
-        accelerator,
-        wrapped,
-        optimizer,
-        task=recipe.model.task,
-        max_grad_norm=recipe.training.max_grad_norm,
-        scaler=accelerator.scaler,
-    )
-    log_path = saver.output.staging / LOG_NAME if accelerator.is_main_process else None
-    trackers = Trackers(accelerator, recipe.training.report_to)
-    with (
-        LogBook(log_path, log_text) as log,
-        follow(show=progress, done=counters.step, total=setup.length.steps) as shown,
-        without_cache(model),
-    ):
-        trackers.start(setup.identity.recipe, log.rows)
-        _introduce(setup, beginning, shown)
-        loop = Loop(
-            training=recipe.training,
-            accelerator=accelerator,
-            model=model,
-            stepper=stepper,
-            feed=setup.feed,
-            held_out=setup.data.eval,
-            length=setup.length,
-            rate=learning_rate(
-                recipe.training.lr_scheduler_type,
-                peak=recipe.optimizer.lr,
-                warmup=recipe.training.warmup_steps,
-                steps=setup.length.steps,
-                arguments=recipe.training.lr_scheduler_kwargs,
-            ),
-            log=log,
-            trackers=trackers,
-            stop=stop,
-            save=lambda: _save(setup, saver, counters, log),
-            monitor=setup.monitor,
-            counters=counters,
-            progress=shown,
-        )
-        loop.run()
-        loop.save()
-        scores = loop.evaluate()
-        trackers.finish()
-    if not accelerator.is_main_process:
-        return {}
-    finish_folder(setup, saver.output.staging, counters, log.rows, scores, seconds=time.monotonic() - began)
-    text = (saver.output.staging / REPORT_NAME).read_text(encoding="utf-8")
-    return dict(json.loads(text))
-
-
-def _save(setup: Setup, saver: Saver, counters: Counters, log: LogBook) -> str:
-    path = saver.folder / f"checkpoint-{counters.step}"
-    if setup.accelerator.is_main_process:
-        scaler = setup.accelerator.scaler
-        path = saver.save(
-            lambda: capture(
-                setup.identity,
-                counters,
-                setup.parameters,
-                setup.optimizer,
-                log=log.text,
-                scaler=None if scaler is None else scaler.state_dict(),
-            ),
-            counters.step,
-        )
-    return str(path)
-
-
-def _introduce(setup: Setup, beginning: Beginning, shown: Progress) -> None:
-    for line in beginning.notes:
-        shown.note(line)
-    for line in setup.data.report.lines():
-        shown.note(line)
-    count = sum(parameter.numel() for parameter in setup.parameters.values())
-    shown.note(f"{count:,} trainable parameters, {setup.length.steps:,} steps of {setup.feed.global_batch} rows")
-    if setup.start is not None and beginning.checkpoint is None:
-        shown.note(setup.start.line())

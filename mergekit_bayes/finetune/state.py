@@ -46,6 +46,7 @@ def capture(
     optimizer: torch.optim.Optimizer,
     *,
     log: str,
+    meter: Mapping[str, float],
     scaler: Mapping[str, Any] | None,
 ) -> Checkpoint:
     """Returns the state of a run between two steps; tensors are not copied.
@@ -56,12 +57,14 @@ def capture(
         parameters: trainable ones by name, in the order the optimizer has them.
         optimizer: of these parameters.
         log: text of the log so far.
+        meter: what was added since its last row.
         scaler: `state_dict` of the loss scaler, if there is one.
     """
     state = {
         "identity": asdict(identity),
         "counters": asdict(counters),
         "parameters": list(parameters),
+        "meter": dict(meter),
         "scaler": None if scaler is None else dict(scaler),
     }
     trainable = {name: parameter.detach() for name, parameter in parameters.items()}

@@ -127,6 +127,25 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert same_tensors(out, whole)
 
 
+def test_checkpoints_none_of_which_can_be_read_are_not_thrown_away(llama: Path, tmp_path: Path) -> None:
+    content, out = recipe(llama, training={**TRAINING, "save_steps": None}), tmp_path / "out"
+    stopped(content, out, after=6)
+    marker = tmp_path / ".out.partial" / "staging" / "checkpoints" / "checkpoint-6" / "checkpoint.json"
+    text = marker.read_text()
+    marker.write_text(text.replace('"version": 1\n', '"version": 2\n'))
+    with pytest.raises(CheckpointError, match=r"no checkpoint of the interrupted run can be used:\n.*version 2"):
+        run(content, out)
+    assert kept(out) == ["checkpoint-6"]
+
+
+def test_a_row_of_the_log_may_span_an_interruption(llama: Path, tmp_path: Path) -> None:
+    content = recipe(llama, training={"max_steps": 10, "logging_steps": 5})
+    stopped(content, tmp_path / "cut", after=3)
+    rows = [log_of(run(content, tmp_path / name).folder) for name in ("cut", "straight")]
+    for name in ("loss", "grad_norm", "learning_rate", "ivon"):
+        assert [row.get(name) for row in rows[0]] == [row.get(name) for row in rows[1]]
+
+
 def test_false_begins_anew(llama: Path, whole: Path, tmp_path: Path) -> None:
     content, out = recipe(llama, training=TRAINING), tmp_path / "out"
     stopped(recipe(llama, training={**TRAINING, "seed": 1}), out, after=6)
@@ -219,6 +238,12 @@ def test_a_longer_run_goes_on_from_a_finished_one(
     before = json.loads((whole / "finetune_report.json").read_text())
     assert result.report["optimizer"]["start"] == before["optimizer"]["start"]
     assert [row["step"] for row in log_of(result.folder) if "loss" in row] == list(range(1, 16))
+
+
+def test_a_run_cannot_end_before_it_begins(llama: Path, whole: Path, tmp_path: Path) -> None:
+    training = {**TRAINING, "max_steps": 10, "resume_from_checkpoint": str(whole)}
+    with pytest.raises(FinetuneError, match="checkpoint-12 is beyond the end of this run, which has 10 steps"):
+        run(recipe(llama, training=training), tmp_path / "out")
 
 
 def test_another_course_from_a_named_checkpoint(llama: Path, whole: Path, tmp_path: Path) -> None:
