@@ -9,7 +9,8 @@
     state.py, tensors.py, checkpoints.py, saving.py             a run on disk, whole or not there
     choose.py, resume.py            where a run begins; what may differ from the run it continues
     seeding.py, interrupt.py        random numbers of a step; wishes to stop
-    run.py, finish.py, report.py, card.py                       from a recipe to a published folder
+    run.py, training.py, finish.py, report.py, card.py          from a recipe to a published folder
+    describe.py                                                 what that will be
 
 The package can be called: `from mergekit_bayes import finetune; finetune("recipe.yaml", "tuned/")` runs `run.finetune`,
 as `mergekit_bayes.merge` runs a merge and for the same reason. Importing it costs torch, and nothing heavier.

@@ -125,6 +125,26 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind: str, bad: float) ->
     assert not take(model, optimizer, batches(2)).skipped
 
 
+@pytest.mark.parametrize("kind", ["adamw", "ivon", "ivon, two samples"])
+def test_a_scaled_loss_gives_the_same_step_and_an_overflow_lowers_the_scale(kind: str) -> None:
+    means = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model, parameters = trained()
+        samples = {"mc_samples": 2} if "two" in kind else {}
+        optimizer = torch.optim.AdamW(parameters, lr=0.1) if kind == "adamw" else ivon(parameters, **samples)
+        for _ in range(2):
+            assert not take(model, optimizer, batches(2), scaler=scaler, max_grad_norm=0.5).skipped
+        means.append([p.detach().clone() for p in parameters])
+    for left, right in zip(*means, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+    assert scaler is not None
+    hook = parameters[0].register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    assert take(model, optimizer, batches(2), scaler=scaler).skipped
+    hook.remove()
+    assert scaler.get_scale() == 512.0
+    assert all(torch.equal(p.detach(), before) for p, before in zip(parameters, means[1], strict=True))
+
+
 def test_a_batch_without_targets_moves_nothing_of_a_sum() -> None:
     model, parameters = trained()
     optimizer = torch.optim.SGD(parameters, lr=0.1)
