@@ -98,7 +98,10 @@ def follow(*, show: bool, done: int, total: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Display
+    from rich.table import Column
 
-    columns = ("training", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    with Display(*columns, console=Console(stderr=True)) as bar:
+    # on a narrow terminal the bar gives way, not the numbers
+    numbers = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True))
+    columns = ("training", BarColumn(bar_width=None), MofNCompleteColumn(), numbers)
+    with Display(*columns, console=Console(stderr=True), expand=True) as bar:
         yield _Bar(bar, bar.add_task("training", total=total, completed=done, text=""))
