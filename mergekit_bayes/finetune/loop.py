@@ -202,9 +202,7 @@ class Loop:
             return
         kept = self.save()
         done = f"stopped by {self.stop.signal or 'a signal'} after step {self.counters.step} of {self.length.steps}"
-        message = f"{done}; {kept} is saved, and the same command continues from it"
-        self.progress.note(message)
-        raise KeyboardInterrupt(message)
+        raise KeyboardInterrupt(f"{done}; {kept} is saved, and the same command continues from it")
 
     def _asked(self) -> bool:
         """Whether any process was asked: all must stop at the same step."""
