@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -35,13 +36,30 @@ AIM = 3.0
 """How many times as fast as ivon-opt IVON should at least be."""
 
 
-def parameters(entries: int, tensors: int, device: str) -> list[nn.Parameter]:
-    """Equal parts of the entries, with gradients."""
+HIDDEN, INNER = 512, 1408
+LAYER = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)] + [(HIDDEN,)] * 2
+"""Shapes of the weights of one layer of a Llama: 3.2 million parameters."""
+
+Shapes = list[tuple[int, ...]]
+
+
+def shapes(layers: int, tensors: int, entries: int) -> Shapes:
+    """Those of some layers, or equal parts of some number of entries."""
+    return [(entries // tensors,)] * tensors if tensors else LAYER * layers
+
+
+def parameters(of: Shapes, device: str) -> list[nn.Parameter]:
+    """Random weights with gradients."""
     torch.manual_seed(0)
-    made = [nn.Parameter(torch.randn(entries // tensors, device=device)) for _ in range(tensors)]
+    made = [nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in of]
     for parameter in made:
         parameter.grad = torch.randn_like(parameter) * 0.01
     return made
+
+
+def count(of: Shapes) -> int:
+    """Entries of all."""
+    return sum(math.prod(shape) for shape in of)
 
 
 def variational(optimizer: Any) -> Step:
@@ -80,9 +98,9 @@ def stepping(optimizer: Any) -> Step:
     return variational(optimizer) if hasattr(optimizer, "sampled_params") else optimizer.step  # type: ignore[no-any-return]
 
 
-def memory(make: Make, entries: int, tensors: int) -> dict[str, float]:
+def memory(make: Make, of: Shapes) -> dict[str, float]:
     """Bytes per parameter that an optimizer keeps from step to step, and that a step borrows at most."""
-    weights = parameters(entries, tensors, "cpu")
+    weights, entries = parameters(of, "cpu"), count(of)
 
     def build() -> Step:
         step = stepping(make(weights))
@@ -95,12 +113,12 @@ def memory(make: Make, entries: int, tensors: int) -> dict[str, float]:
     return {"kept": kept / entries, "borrowed": peak / entries}
 
 
-def measure(entries: int, tensors: int, repeats: int, device: str) -> tuple[dict[str, Runs], dict[str, Any]]:
+def measure(of: Shapes, repeats: int, device: str) -> tuple[dict[str, Runs], dict[str, Any]]:
     """Times of all variants, and on CPU their memory."""
-    made = variants()
+    made, entries = variants(), count(of)
     # before the times: torch's profiler slows down what comes after it
-    bytes_per = {name: memory(make, entries, tensors) for name, make in made.items()} if device == "cpu" else {}
-    steps = {name: stepping(make(parameters(entries, tensors, device))) for name, make in made.items()}
+    bytes_per = {name: memory(make, of) for name, make in made.items()} if device == "cpu" else {}
+    steps = {name: stepping(make(parameters(of, device))) for name, make in made.items()}
     source, target = torch.ones(entries, device=device), torch.zeros(entries, device=device)
     numbers = torch.zeros(entries, device=device)
     steps |= {"copy": lambda: target.copy_(source), "normal numbers": numbers.normal_}
@@ -156,22 +174,23 @@ def page(results: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and write results and page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--entries", type=int, default=8_000_000)
-    parser.add_argument("--tensors", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=3, help="of a Llama, 3.2 million parameters each")
+    parser.add_argument("--tensors", type=int, default=0, help="in place of layers: equal tensors, so many")
+    parser.add_argument("--entries", type=int, default=8_000_000, help="of all these tensors together")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for optimizer.json and optimizer.md")
     given = parser.parse_args(arguments)
-    where = machine(given.device)
-    runs, bytes_per = measure(given.entries, given.tensors, given.repeats, given.device)
+    where, of = machine(given.device), shapes(given.layers, given.tensors, given.entries)
+    made_of = f"--tensors {given.tensors} --entries {given.entries}" if given.tensors else f"--layers {given.layers}"
+    runs, bytes_per = measure(of, given.repeats, given.device)
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": f"python -m evaluation.speed.optimizer --entries {given.entries} --tensors {given.tensors}"
-        f" --repeats {given.repeats} --device {given.device}",
+        "command": f"python -m evaluation.speed.optimizer {made_of} --repeats {given.repeats} --device {given.device}",
         "machine": where,
         "load at end": os.getloadavg()[0],
-        "entries": given.entries,
-        "tensors": given.tensors,
+        "entries": count(of),
+        "tensors": len(of),
         "runs": {name: vars(each) for name, each in runs.items()},
         "memory": bytes_per,
     }

@@ -20,7 +20,7 @@ from mergekit_bayes.finetune.ivon.update import LARGEST_CHANGE, Coefficients, Es
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["can_fuse", "decide", "failure", "fused_perturb_", "fused_update_"]
+__all__ = ["can_fuse", "decide", "failure", "fused_exchange_", "fused_perturb_", "fused_update_"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -78,6 +78,7 @@ def failure(device_type: str) -> str | None:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler, when it is first imported, warns of its own past
             fused_perturb_(m, h, z, scale=0.1, weight_decay=0.0)
+            fused_exchange_(m, z)
             fused_update_(m, g, h, gradient, z, coefficients=coefficients)
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
@@ -88,6 +89,11 @@ def fused_perturb_(mean: Tensor, hess: Tensor, noise: Tensor, *, scale: float, w
     """Turns a mean into a sample, as `perturb_`."""
     flat = [tensor.view(-1) for tensor in (mean, hess, noise)]
     _compiled(_perturb_)(*flat, *_scalars(scale, weight_decay))
+
+
+def fused_exchange_(here: Tensor, there: Tensor) -> None:
+    """Swaps the contents of two tensors of the same dtype."""
+    _compiled(_exchange_)(here.view(-1), there.view(-1))
 
 
 def fused_update_(
@@ -128,6 +134,12 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Any]:
 
 def _perturb_(mean: Tensor, hess: Tensor, noise: Tensor, scale: Tensor, delta: Tensor) -> None:
     mean.copy_(mean + torch.rsqrt(hess + delta) * noise * scale)
+
+
+def _exchange_(here: Tensor, there: Tensor) -> None:
+    copy = here.clone()
+    here.copy_(there)
+    there.copy_(copy)
 
 
 def _update_from_sample_(
