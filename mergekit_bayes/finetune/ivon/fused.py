@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_bayes.errors import FinetuneError
-from mergekit_bayes.finetune.ivon.update import LARGEST_CHANGE, Coefficients, Estimate, hess_floor
+from mergekit_bayes.finetune.ivon.update import LARGEST_CHANGE, Coefficients, Estimate, hess_floor, perturb_, update_
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["can_fuse", "decide", "failure", "fused_exchange_", "fused_perturb_", "fused_update_"]
+__all__ = ["can_fuse", "decide", "failure", "fused_perturb_", "fused_update_"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,28 +72,29 @@ def decide(fused: bool | None, tensors: Sequence[Tensor]) -> bool:
 @cache
 def failure(device_type: str) -> str | None:
     """Returns why torch.compile does not work on a kind of device, None if it does; found out by trying."""
+    coefficients = Coefficients(2.0, 0.5, 0.5, 0.5, 0.1, math.inf, 1.0, Estimate.SAMPLE)
     try:  # the failures of compilers have no common class
-        m, g, h, gradient, z = (torch.ones(64, device=device_type) for _ in range(5))
-        coefficients = Coefficients(1.0, 0.0, 0.5, 0.5, 0.1, math.inf, 1.0, Estimate.SAMPLE)
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's compiler, when it is first imported, warns of its own past
-            fused_perturb_(m, h, z, scale=0.1, weight_decay=0.0)
-            fused_exchange_(m, z)
-            fused_update_(m, g, h, gradient, z, coefficients=coefficients)
+        results = []
+        for compiled in (False, True):
+            m, g, h, gradient, theta = (torch.linspace(0.5, i, 64, device=device_type) for i in range(1, 6))
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's compiler, when it is first imported, warns of its own past
+                if compiled:
+                    fused_perturb_(m, h, gradient, scale=0.1, weight_decay=0.0)
+                    fused_update_(m, g, h, gradient, theta, coefficients=coefficients)
+                else:
+                    perturb_([m], [h], [gradient], scale=0.1, weight_decay=0.0)
+                    update_([m], [g], [h], [gradient], [theta], coefficients=coefficients)
+            results.append(torch.stack([m, g, h]))
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    return None
+    return None if torch.allclose(results[0], results[1]) else "it gives other numbers than without"
 
 
 def fused_perturb_(mean: Tensor, hess: Tensor, noise: Tensor, *, scale: float, weight_decay: float) -> None:
     """Turns a mean into a sample, as `perturb_`."""
     flat = [tensor.view(-1) for tensor in (mean, hess, noise)]
     _compiled(_perturb_)(*flat, *_scalars(scale, weight_decay))
-
-
-def fused_exchange_(here: Tensor, there: Tensor) -> None:
-    """Swaps the contents of two tensors of the same dtype."""
-    _compiled(_exchange_)(here.view(-1), there.view(-1))
 
 
 def fused_update_(
@@ -134,12 +135,6 @@ def _compiled(function: Callable[..., None]) -> Callable[..., Any]:
 
 def _perturb_(mean: Tensor, hess: Tensor, noise: Tensor, scale: Tensor, delta: Tensor) -> None:
     mean.copy_(mean + torch.rsqrt(hess + delta) * noise * scale)
-
-
-def _exchange_(here: Tensor, there: Tensor) -> None:
-    copy = here.clone()
-    here.copy_(there)
-    there.copy_(copy)
 
 
 def _update_from_sample_(

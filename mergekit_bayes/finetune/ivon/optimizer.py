@@ -254,7 +254,7 @@ class IVON(Optimizer):
             if group["hess_approx"] == "price" and parameter not in samples
         }
         restore_(list(means), list(means.values()))
-        exchange_(list(fresh), list(fresh.values()), fusing=self._decide_fusing())
+        exchange_(list(fresh), list(fresh.values()))
         samples.update(fresh)
         self._drop_gathered()
 

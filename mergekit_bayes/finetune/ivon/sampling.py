@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_bayes.finetune.ivon.fused import can_fuse, fused_exchange_, fused_perturb_
+from mergekit_bayes.finetune.ivon.fused import can_fuse, fused_perturb_
 from mergekit_bayes.finetune.ivon.noise import KeyedNoise, room_for
 from mergekit_bayes.finetune.ivon.sharding import cut_like, local, local_range
 from mergekit_bayes.finetune.ivon.update import blocks, perturb_
@@ -21,9 +21,6 @@ __all__ = ["Row", "clones", "exchange_", "perturb_all_", "restore_"]
 
 DRAWN_ON_CPU, DRAWN_ELSEWHERE = 1 << 20, 1 << 24
 """Numbers drawn before they are used: 4 MiB on CPU, few launches elsewhere."""
-
-PROBE = 64
-"""Entries of a mean that tell whether it has been exchanged for its sample."""
 
 
 class Row(NamedTuple):
@@ -131,44 +128,12 @@ def restore_(parameters: Sequence[Tensor], means: Sequence[Tensor]) -> None:
         torch._foreach_copy_([local(parameter) for parameter in parameters], list(means))
 
 
-def exchange_(parameters: Sequence[Tensor], means: Sequence[Tensor], *, fusing: bool) -> None:
-    """Swaps samples and means: the parameters get the means, also when this is interrupted.
-
-    Args:
-        parameters: that are samples.
-        means: of them; become the samples.
-        fusing: use compiled functions where they pay.
-    """
-    pairs = [(local(parameter), mean) for parameter, mean in zip(parameters, means, strict=True)]
-    large = [pair for pair in pairs if fusing and can_fuse(*pair)]
+def exchange_(parameters: Sequence[Tensor], means: Sequence[Tensor]) -> None:
+    """Swaps samples and means: the parameters get the means, also when this is interrupted."""
     alike: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    for pair in pairs:
-        if not (fusing and can_fuse(*pair)):
-            alike.setdefault(pair[1].device, []).append(pair)
-    small = [block for each in alike.values() for block in blocks(list(zip(*each, strict=True)))]
-    try:
-        _exchange_large(large)
-    finally:
-        _exchange_small(small)
-
-
-def _exchange_large(pending: list[tuple[Tensor, Tensor]]) -> None:
-    begin, looked_at = torch.empty(0), None
-    try:
-        while pending:
-            here, there = pending[-1]
-            begin, looked_at = there.view(-1)[:PROBE].clone(), there  # in this order
-            fused_exchange_(here, there)
-            pending.pop()
-    finally:
-        # interrupted: which was under way may have been exchanged or not
-        if pending and looked_at is pending[-1][1] and not torch.equal(looked_at.view(-1)[:PROBE], begin):
-            pending.pop()
-        for here, there in pending:
-            here.copy_(there)
-
-
-def _exchange_small(pending: list[tuple[list[Tensor], ...]]) -> None:
+    for parameter, mean in zip(parameters, means, strict=True):
+        alike.setdefault(mean.device, []).append((local(parameter), mean))
+    pending = [block for each in alike.values() for block in blocks(list(zip(*each, strict=True)))]
     try:
         while pending:
             here, there = pending[-1]
