@@ -19,7 +19,7 @@ from mergekit_bayes.finetune.interrupt import stop_on_signals
 from mergekit_bayes.finetune.progress import duration
 from mergekit_bayes.finetune.report import REPORT_NAME
 from mergekit_bayes.finetune.saving import Saver
-from mergekit_bayes.finetune.setup import check_engine, make_accelerator, prepare
+from mergekit_bayes.finetune.setup import check_agreement, check_engine, make_accelerator, prepare
 from mergekit_bayes.finetune.training import train
 from mergekit_bayes.model import check_launch
 from mergekit_bayes.recipe import load_recipe
@@ -151,6 +151,7 @@ def _run(recipe: FinetuneRecipe, target: Path, options: _Options) -> FinetuneRes
             steps=setup.length.steps,
         )
         setup = setup.going_on(beginning.checkpoint)
+        check_agreement(accelerator, setup.identity, 0 if beginning.checkpoint is None else beginning.checkpoint.step)
         accelerator.wait_for_everyone()  # everybody has read what the leader may now delete
         if leader:
             _clear(saver, beginning)

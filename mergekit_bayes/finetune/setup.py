@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mergekit_bayes.checkpoint.files import listed
 from mergekit_bayes.data import load_training_data, packing_fault
 from mergekit_bayes.errors import FinetuneError
 from mergekit_bayes.finetune.checkpoints import Checkpoint
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.model import LoadedModel
     from mergekit_bayes.recipe.finetune import FinetuneRecipe, TrainingSpec
 
-__all__ = ["Setup", "check_engine", "make_accelerator", "prepare", "without_cache"]
+__all__ = ["Setup", "check_agreement", "check_engine", "make_accelerator", "prepare", "without_cache"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,32 @@ def _assemble(
     )
     monitor = Monitor(optimizer) if isinstance(optimizer, IVON) else None
     return Setup(recipe, accelerator, loaded, data, parameters, optimizer, start, monitor, feed, length, identity)
+
+
+def check_agreement(accelerator: Accelerator, identity: Identity, step: int) -> None:
+    """Makes sure that all processes have the same data, base and checkpoint before them.
+
+    Args:
+        accelerator: connects the processes.
+        identity: of the run, as this process sees it.
+        step: of the checkpoint it begins from; 0 for the start.
+
+    Raises:
+        FinetuneError: they do not, as on machines whose folders are not the same.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    own = {"training rows": identity.data, "weights of the base": identity.base, "step to begin from": step}
+    everybody: list[dict[str, object]] = gather_object([own])
+    for name, value in own.items():
+        seen = [str(each[name]) for each in everybody]
+        if any(each[name] != value for each in everybody):
+            raise FinetuneError(
+                f"processes of one run differ in {name}: {listed(seen)}; expected the same everywhere: data, model and "
+                "output on a file system that all of them share, or equal copies"
+            )
 
 
 def check_fit(recipe: FinetuneRecipe, loaded: LoadedModel, data: TrainingData) -> None:

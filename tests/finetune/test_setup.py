@@ -15,7 +15,7 @@ from mergekit_bayes.errors import CheckpointError, FinetuneError
 from mergekit_bayes.finetune import setup as preparation
 from mergekit_bayes.finetune.checkpoints import Checkpoint
 from mergekit_bayes.finetune.run import finetune
-from mergekit_bayes.finetune.setup import check_engine, check_fit, make_accelerator
+from mergekit_bayes.finetune.setup import check_agreement, check_engine, check_fit, make_accelerator
 from mergekit_bayes.finetune.state import restore
 from mergekit_bayes.recipe import FinetuneRecipe, load_recipe
 from mergekit_bayes.recipe.finetune import TrainingSpec
@@ -39,6 +39,20 @@ def test_a_sharded_model_is_refused(kind: str) -> None:
 def test_processes_with_a_whole_model_each_are_fine(kind: str) -> None:
     accelerator: Any = SimpleNamespace(distributed_type=DistributedType(kind))
     check_engine(accelerator)
+
+
+def test_processes_that_see_different_things_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    two: Any = SimpleNamespace(num_processes=2)
+    identity: Any = SimpleNamespace(data="d", base="b")
+    others = {"training rows": "d", "weights of the base": "b", "step to begin from": 0}
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, others])
+    check_agreement(two, identity, 0)
+    with pytest.raises(FinetuneError, match="differ in step to begin from: 12, 0; expected the same everywhere"):
+        check_agreement(two, identity, 12)
+    identity.data = "other"
+    with pytest.raises(FinetuneError, match="differ in training rows: other, d"):
+        check_agreement(two, identity, 0)
+    check_agreement(SimpleNamespace(num_processes=1), identity, 0)  # type: ignore[arg-type]
 
 
 def test_a_precision_that_the_device_has_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
