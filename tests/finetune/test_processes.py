@@ -207,3 +207,11 @@ def test_accelerate_with_two_processes_equals_one_process(outcomes: Outcomes) ->
 def test_accelerate_resumes_bit_for_bit(outcomes: Outcomes) -> None:
     straight, resumed = both(outcomes, "prepared", "state"), both(outcomes, "prepared", "resumed")
     assert all(torch.equal(one, other) for one, other in zip(straight, resumed, strict=True))
+
+
+def test_accelerate_with_shards_equals_one_process(outcomes: Outcomes) -> None:
+    assert both(outcomes, "prepared in shards", "sharded")
+    model = llama(adapter=False)
+    optimizer = IVON(model.parameters(), **OPTIONS)
+    train(model, optimizer, llama_loss)
+    close(both(outcomes, "prepared in shards", "state"), state_of(model, optimizer))

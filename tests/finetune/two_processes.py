@@ -208,6 +208,32 @@ def train_prepared(accelerator: Any, model: nn.Module, optimizer: Any, steps: ra
                 optimizer.zero_grad()
 
 
+def prepared_in_shards() -> Outcome:
+    """Accelerate with FSDP 2, which puts sharded parameters in place of those the optimizer was made with."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"]
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    # on CPU it would take DDP without a word; told otherwise, it shards there too
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = llama(adapter=False)
+    wrapped, prepared = accelerator.prepare(model, IVON(model.parameters(), **OPTIONS))
+    optimizer = IVON.of(prepared)
+    optimizer.bind(wrapped)
+    for step in range(4):
+        with optimizer.sampled_params(train=True):
+            accelerator.backward(llama_loss(wrapped, step, half()))
+        accelerator.clip_grad_norm_(wrapped.parameters(), 0.5)
+        prepared.step()
+        prepared.zero_grad()
+    return {"state": state_of(wrapped, optimizer), "sharded": hasattr(next(wrapped.parameters()), "device_mesh")}
+
+
 def outcomes(folder: Path) -> dict[str, Callable[[], Outcome]]:
     return {
         "shared noise": shared_noise,
@@ -223,6 +249,7 @@ def outcomes(folder: Path) -> dict[str, Callable[[], Outcome]]:
         "prediction": sharded_prediction,
         "resumed": lambda: sharded_resumed(folder),
         "prepared": lambda: prepared(folder),
+        "prepared in shards": prepared_in_shards,
     }
 
 
