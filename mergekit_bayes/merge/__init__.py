@@ -3,6 +3,8 @@
     registry.py, parameter.py   what a merge method declares; methods/ holds one file per method
     schemas.py                  the methods as recipes see them
     inputs.py, setting.py       base and sources opened by their headers; weights, priors and dtypes decided
+    task.py, fresh.py, heads.py what the sources are for; heads the base has not: their start, a base seen with them
+    attach.py, dense_inputs.py  an adapter on its base; inputs seen as full checkpoints
     dense.py, adapters.py       steps of a merge into a full checkpoint, into an adapter
     steps.py, plan.py           the plan: frozen data; plan_text.py prints it, memory.py sizes it
     blocks.py, lora.py          the arithmetic of a block, of LoRA updates; checks.py refuses bad numbers

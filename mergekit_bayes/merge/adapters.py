@@ -17,16 +17,17 @@ from mergekit_bayes.errors import (
     ShapeMismatchError,
 )
 from mergekit_bayes.merge.attach import Attached, attach, base_weight, recorded_bases
+from mergekit_bayes.merge.fresh import common_starts, left_alone, started_elsewhere
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
-from mergekit_bayes.merge.steps import LowRank, MergeStep, ModuleStep, Operand, Step
+from mergekit_bayes.merge.steps import Layout, LowRank, MergeStep, ModuleStep, Operand, Step
 from mergekit_bayes.recipe import layer_positions
 
 Found = Sequence[tuple[Input, LoraModule]]
 """The sources that adapt a module, with what they do to it."""
 
 
-def adapter_steps(setting: Setting) -> list[Step]:
+def adapter_steps(setting: Setting) -> Layout:
     """Lay out a merge of adapters into one adapter.
 
     Args:
@@ -45,8 +46,12 @@ def adapter_steps(setting: Setting) -> list[Step]:
     scaling = reference_scaling(setting)
     steps = [_module_step(setting, name, positions[targets[name]], attached, scaling) for name in modules]
     padded = _pad([step for step in steps if step is not None])
-    whole = [_saved_step(setting, name, positions[name]) for name in saved]
-    return [*padded, *(step for step in whole if step is not None)]
+    kept = {name: tensor for name in saved if (tensor := _in_base(setting, name)) is not None}
+    setting.problems.extend(started_elsewhere(setting, kept))
+    fresh = {name: _stored(setting, name) for name in saved if name not in kept}
+    starts = common_starts(setting, fresh)
+    whole = [_saved_step(setting, name, positions[name], kept.get(name, starts.get(name))) for name in saved]
+    return Layout([*padded, *(step for step in whole if step is not None)], fresh=tuple(fresh), starts=starts)
 
 
 def adapter_of(source: Input) -> Adapter:
@@ -246,13 +251,24 @@ def _pad(steps: list[ModuleStep]) -> list[Step]:
     return [replace(step, rank=largest) for step in steps]
 
 
-def _saved_step(setting: Setting, name: str, position: float) -> Step | None:
-    """A module that adapters store whole; an adapter without it keeps the base's weights."""
-    stored = next(saved[name] for source in setting.sources if name in (saved := adapter_of(source).saved))
+def _stored(setting: Setting, name: str) -> dict[str, TensorInfo]:
+    """A tensor as the adapters that store it whole have it, by their labels."""
+    return {source.label: saved[name] for source in setting.sources if name in (saved := adapter_of(source).saved)}
+
+
+def _in_base(setting: Setting, name: str) -> TensorInfo | None:
+    """The tensor of the base that one which adapters store whole replaces."""
     base = setting.base.checkpoint if setting.base is not None else None
-    kept = base_weight(name, stored.shape, base) if base is not None else None
-    found = {source.label: adapter_of(source).saved.get(name, kept) for source in setting.sources}
-    tensors = {label: tensor for label, tensor in found.items() if tensor is not None}
+    first = next(iter(_stored(setting, name).values()))
+    return None if base is None else base_weight(name, first.shape, base)
+
+
+def _saved_step(setting: Setting, name: str, position: float, kept: TensorInfo | None) -> Step | None:
+    """A module that adapters store whole; an adapter without it keeps `kept`, the base's weights or a common start."""
+    stored = _stored(setting, name)
+    first = next(iter(stored.values()))
+    rest = {} if kept is None else {source.label: kept for source in setting.sources if source.label not in stored}
+    tensors = {**stored, **rest}
     problems = list(_saved_problems(setting, name, kept, tensors))
     setting.problems.extend(problems)
     weights = setting.try_weights(name, position)
@@ -266,11 +282,11 @@ def _saved_step(setting: Setting, name: str, position: float) -> Step | None:
     ordered = _by_label(setting, weights).items()
     known = [(operand, weight) for label, weight in ordered if (operand := operands[label]) is not None]
     return MergeStep(
-        name=stored.name,
-        shape=stored.shape,
-        dtype=setting.output_dtype(name, stored, tensors),
+        name=first.name,
+        shape=first.shape,
+        dtype=setting.output_dtype(name, first, tensors),
         precision_dtype=setting.precision_dtype,
-        base=setting.with_prior(Operand("base", kept or stored), dense),
+        base=setting.with_prior(Operand("base", kept or first), dense),
         sources=tuple(operand for operand, _ in known),
         weights=tuple(weight for _, weight in known),
     )
@@ -280,12 +296,8 @@ def _saved_problems(
     setting: Setting, name: str, kept: TensorInfo | None, tensors: dict[str, TensorInfo]
 ) -> Iterator[MergekitBayesError]:
     absent = [source.label for source in setting.sources if source.label not in tensors]
-    if absent or (kept is None and setting.method.base == "required"):
-        who = f" ({', '.join(absent)} leave it alone)" if absent else ""
-        yield MissingInputError(
-            f"{name}: stored whole by an adapter, so the base's weights are needed{who}; expected a base_model that "
-            "has them"
-        )
+    if absent:
+        yield left_alone(name, absent)
     reference = kept or next(iter(tensors.values()))
     seen = ", ".join(f"{each.shape} in {label}" for label, each in tensors.items() if each.shape != reference.shape)
     if seen:

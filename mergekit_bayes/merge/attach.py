@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +10,7 @@ from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.index import Checkpoint
 from mergekit_bayes.checkpoint.orientation import orient
-from mergekit_bayes.checkpoint.sidecar_metadata import METADATA_KEY
+from mergekit_bayes.checkpoint.provenance import read_provenance
 from mergekit_bayes.errors import CheckpointError, MergekitBayesError, MissingTensorError, ShapeMismatchError
 from mergekit_bayes.merge.inputs import Input
 
@@ -96,9 +95,19 @@ def ties(config: Mapping[str, object]) -> bool:
     return bool(config.get("tie_word_embeddings", nested if nested is not None else True))
 
 
+def can_tie(config: Mapping[str, object], shape: tuple[int, ...]) -> bool:
+    """Whether a configuration ties output heads of this shape: those with a row for every word.
+
+    A classifier of two classes has the shape of BERT's embedding of two token types.
+    """
+    parts = (config, config.get("text_config"))
+    sizes = {part["vocab_size"] for part in parts if isinstance(part, Mapping) and type(part.get("vocab_size")) is int}
+    return ties(config) and (not sizes or shape[:1] in {(size,) for size in sizes})
+
+
 def tied_head(name: str, shape: tuple[int, ...], base: Checkpoint) -> TensorInfo | None:
     """The embedding that a head of this name and shape is tied to in a checkpoint that does not store the head."""
-    partner = _only_embedding(name, shape, base.tensors) if ties(base.config) else None
+    partner = _only_embedding(name, shape, base.tensors) if can_tie(base.config, shape) else None
     return None if partner is None else base.tensors[partner]
 
 
@@ -179,16 +188,11 @@ def _other_base(source: Input, base: Checkpoint) -> Iterator[MergekitBayesError]
 
 def recorded_bases(source: Input) -> list[str]:
     """Fingerprints of the base that an adapter's sidecar and header name; headers only after a merge."""
-    recorded = [_from_header(source.adapter)] if source.adapter is not None else []
+    recorded = []
+    if source.adapter is not None:
+        recorded.append(read_provenance(source.adapter.metadata).base_fingerprint)
+        beside = [part for part in source.initial if part.path.parent == source.adapter.folder]
+        recorded += [part.provenance.base_fingerprint for part in beside]
     if source.sidecar is not None:
         recorded.append(source.sidecar.metadata.base_fingerprint)
     return sorted({seen for seen in recorded if seen is not None})
-
-
-def _from_header(adapter: Adapter) -> str | None:
-    try:
-        content = json.loads(adapter.metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
-        return None
-    seen = content.get("base_fingerprint") if isinstance(content, dict) else None
-    return seen if isinstance(seen, str) else None

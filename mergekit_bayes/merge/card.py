@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergekit_bayes.checkpoint.files import listed
 from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.recipe import dump_yaml
 
@@ -28,6 +29,7 @@ def model_card(plan: MergePlan, report: Mapping[str, Any]) -> str:
         plan.method.summary,
         _sources(plan, report),
         _adapter(plan, report),
+        _head(plan),
         _precision(plan),
         "## Recipe\n\n```yaml\n" + dump_yaml(recipe) + "```",
         "`merge_report.json` holds fingerprints of every input, versions, and what was measured layer by layer.",
@@ -41,6 +43,7 @@ def _metadata(plan: MergePlan) -> dict[str, object]:
     return {
         **({"base_model": hub} if hub else {}),
         "library_name": "transformers" if plan.space == "full" else "peft",
+        **({"pipeline_tag": "text-classification"} if _classifies_text(plan) else {}),
         "tags": ["merge", "mergekit_bayes"],
     }
 
@@ -68,6 +71,20 @@ def _adapter(plan: MergePlan, report: Mapping[str, Any]) -> str:
         f"A LoRA adapter of rank {plan.configuration['r']} with scaling 1, to be loaded on its base with "
         f"`PeftModel.from_pretrained`.{cut}"
     )
+
+
+def _classifies_text(plan: MergePlan) -> bool:
+    return plan.task.labels is not None and "SequenceClassification" in (plan.task.architecture or "")
+
+
+def _head(plan: MergePlan) -> str:
+    if plan.task.labels is None:
+        return ""
+    shown = f"Its head tells {listed(plan.task.labels)}, in this order."
+    if plan.space == "full" or not _classifies_text(plan):
+        return shown
+    auto = f"AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels={len(plan.task.labels)})"
+    return f"{shown} `{auto}` loads base and head."
 
 
 def _precision(plan: MergePlan) -> str:

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 from mergekit_bayes.checkpoint.dtypes import DTYPES, dtype_named
+from mergekit_bayes.checkpoint.files import listed
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
-from mergekit_bayes.merge.steps import ModuleStep, Step
+from mergekit_bayes.merge.steps import Layout, ModuleStep, Step
+from mergekit_bayes.merge.task import task_of
 
 COSMETIC = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"})
 """Keys of config.json in which inputs may differ without anyone needing to know."""
 
 
-def output_configuration(setting: Setting, steps: list[Step], *, untied: bool) -> dict[str, object]:
+def output_configuration(setting: Setting, layout: Layout) -> dict[str, object]:
     """Configuration of the output.
 
     Args:
         setting: the recipe and its inputs; differences between configurations are added to its notes.
-        steps: the steps of the plan.
-        untied: a head that the donor ties to its embedding is written on its own.
+        layout: what is written.
 
     Returns:
         The content of config.json (space full) or adapter_config.json.
     """
     if setting.space == "full":
-        return _dense_configuration(setting, untied=untied)
-    return _adapter_configuration(setting, steps)
+        return _dense_configuration(setting, layout)
+    return _adapter_configuration(setting, layout.steps)
 
 
-def _dense_configuration(setting: Setting, *, untied: bool) -> dict[str, object]:
+def _dense_configuration(setting: Setting, layout: Layout) -> dict[str, object]:
     donor = setting.base if setting.base is not None else setting.sources[0]
     assert donor.checkpoint is not None  # a dense plan has a dense donor
     config = copy.deepcopy(dict(donor.checkpoint.config))
@@ -39,12 +40,26 @@ def _dense_configuration(setting: Setting, *, untied: bool) -> dict[str, object]
     asked = setting.recipe.out_dtype or setting.recipe.dtype
     if asked is not None:
         _set_everywhere(config, ("dtype", "torch_dtype"), DTYPES[dtype_named(asked)].torch_name)
-    if untied:
+    if layout.untied:
         config["tie_word_embeddings"] = False
         _set_everywhere(config, ("tie_word_embeddings",), False)
+    # A head means what the sources were trained for; a new one makes the base's model one of theirs.
+    settled = setting.task.settings if layout.fresh else setting.task.label_settings
+    if settled.keys() >= {"id2label"}:
+        config.pop("num_labels", None)  # follows from the labels
+        _note_labels(setting, donor)
+    config.update(settled)
     for source in setting.sources:
-        _note_differences(setting, donor, source)
+        _note_differences(setting, donor, source, settled=settled.keys())
     return config
+
+
+def _note_labels(setting: Setting, donor: Input) -> None:
+    theirs = task_of(donor).labels
+    if theirs is not None and theirs != setting.task.labels:
+        setting.notes.append(
+            f"config.json: the labels of {donor.label} are {listed(theirs)}; the output has those of the sources"
+        )
 
 
 def _set_everywhere(config: dict[str, object], keys: tuple[str, ...], value: object) -> None:
@@ -56,11 +71,11 @@ def _set_everywhere(config: dict[str, object], keys: tuple[str, ...], value: obj
             _set_everywhere(found, keys, value)
 
 
-def _note_differences(setting: Setting, donor: Input, source: Input) -> None:
+def _note_differences(setting: Setting, donor: Input, source: Input, *, settled: Collection[str]) -> None:
     if source.checkpoint is None or donor.checkpoint is None or source.checkpoint is donor.checkpoint:
         return
     ours, theirs = donor.checkpoint.config, source.checkpoint.config
-    for key in sorted((set(ours) | set(theirs)) - COSMETIC):
+    for key in sorted((set(ours) | set(theirs)) - COSMETIC - set(settled)):
         if ours.get(key) != theirs.get(key):
             setting.notes.append(
                 f"config.json: {key} is {ours.get(key)!r} in {donor.label}, {theirs.get(key)!r} in {source.label}; "
@@ -68,7 +83,7 @@ def _note_differences(setting: Setting, donor: Input, source: Input) -> None:
             )
 
 
-def _adapter_configuration(setting: Setting, steps: list[Step]) -> dict[str, object]:
+def _adapter_configuration(setting: Setting, steps: Sequence[Step]) -> dict[str, object]:
     """A plain LoRA configuration: one rank, scaling 1, nothing that only some readers of adapters understand."""
     configs = [source.adapter.config for source in setting.sources if source.adapter]
     modules = [step.name for step in steps if isinstance(step, ModuleStep)]

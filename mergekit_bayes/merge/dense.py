@@ -1,136 +1,94 @@
 """Steps of a merge whose output is a full checkpoint.
 
-Every tensor of every input is accounted for: merged, copied, tied to another one, or refused. Sources may be
-checkpoints, adapters on the recipe's base, or adapters on a checkpoint of their own.
+Every tensor of every input is accounted for: merged, copied, tied to another one, dropped by a rule that names it, or
+refused. Sources may be checkpoints, adapters on the recipe's base, or adapters on a checkpoint of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from mergekit_bayes.checkpoint.adapter import LoraModule
+from mergekit_bayes.checkpoint.files import listed
 from mergekit_bayes.checkpoint.header import TensorInfo
-from mergekit_bayes.checkpoint.index import Checkpoint
-from mergekit_bayes.errors import (
-    CheckpointError,
-    MergekitBayesError,
-    MissingInputError,
-    MissingTensorError,
-    ShapeMismatchError,
-)
-from mergekit_bayes.merge.attach import (
-    EMBEDDING_WORDS,
-    Attached,
-    attach,
-    embeddings_changed,
-    no_target,
-    tied_partner,
-    ties,
-)
-from mergekit_bayes.merge.inputs import Input
+from mergekit_bayes.checkpoint.initial import FRESH_NAME
+from mergekit_bayes.errors import CheckpointError, MergekitBayesError, MissingTensorError, ShapeMismatchError
+from mergekit_bayes.merge.attach import EMBEDDING_WORDS, can_tie, embeddings_changed, tied_partner
+from mergekit_bayes.merge.dense_inputs import DenseInput, open_dense
+from mergekit_bayes.merge.heads import Headed, with_heads
 from mergekit_bayes.merge.setting import Setting, check_dtype, mergeable
-from mergekit_bayes.merge.steps import CopyStep, LowRank, MergeStep, Operand, Step
+from mergekit_bayes.merge.steps import CopyStep, Layout, LowRank, MergeStep, Operand, Step
+from mergekit_bayes.merge.task import architecture_of
 from mergekit_bayes.recipe import layer_positions
 
 
-@dataclass(frozen=True)
-class DenseInput:
-    """One input seen as a full checkpoint.
-
-    Attributes:
-        source: the input.
-        home: the checkpoint its dense tensors lie in; the base for an adapter that comes without one.
-        tensors: its dense tensors, with a name of their own for heads that the checkpoint ties.
-        adapter: what its adapter does to them; nothing for a checkpoint.
-    """
-
-    source: Input
-    home: Checkpoint
-    tensors: Mapping[str, TensorInfo]
-    adapter: Attached
-
-    def stored(self, name: str) -> TensorInfo:
-        """The dense tensor under this name, before a LoRA update."""
-        return self.adapter.saved.get(name) or self.tensors[name]
-
-
-def dense_steps(setting: Setting) -> tuple[list[Step], bool]:
+def dense_steps(setting: Setting) -> Layout:
     """Lay out a dense merge.
 
     Args:
         setting: the recipe and its inputs; problems are added to `setting.problems`.
 
     Returns:
-        The steps, sorted by tensor name, and whether the output head has to be untied from the embedding.
+        The steps, sorted by tensor name, and what became of tensors that only some inputs have.
     """
-    inputs = [_dense_input(source, setting) for source in setting.sources]
+    inputs = [open_dense(source, setting) for source in setting.sources]
     reference = _reference(setting, inputs)
     if reference is None or any(found is None for found in inputs):
-        return [], False
-    sources = [found for found in inputs if found is not None]
-    names, heads = _names(setting, reference, sources)
-    setting.problems.extend(error for source in sources for error in _changes_a_tied_head(source, heads))
+        return Layout(())
+    headed = with_heads(setting, reference, [found for found in inputs if found is not None])
     if setting.problems:
-        return [], False
+        return Layout(())
+    names, heads = _names(setting, headed.reference, headed.sources)
+    setting.problems.extend(error for source in headed.sources for error in _changes_a_tied_head(source, heads))
+    if setting.problems:
+        return Layout(())
     positions = layer_positions(names)
-    reference, sources = _tie(reference, heads), [_tie(source, heads) for source in sources]
-    steps = [_step(setting, reference, sources, name, positions[name]) for name in names]
-    return [step for step in steps if step is not None], any(name not in reference.home.tensors for name in heads)
+    stored = headed.reference.home.tensors
+    headed = replace(
+        headed, reference=_tie(headed.reference, heads), sources=[_tie(source, heads) for source in headed.sources]
+    )
+    steps = [_step(setting, headed, name, positions[name]) for name in names]
+    return Layout(
+        steps=[step for step in steps if step is not None],
+        untied=any(name not in stored for name in heads),
+        fresh=tuple(headed.fresh),
+        starts=headed.starts,
+        dropped=headed.dropped,
+    )
 
 
 def _reference(setting: Setting, inputs: list[DenseInput | None]) -> DenseInput | None:
     """The input whose tensor names, dtypes and configuration the output follows: the base, else the first source."""
     if setting.base is None:
         return inputs[0] if inputs else None
-    return _dense_input(setting.base, setting)
-
-
-def _dense_input(source: Input, setting: Setting) -> DenseInput | None:
-    checkpoint = _checkpoint_under(source, setting)
-    if checkpoint is None:
-        return None
-    if source.adapter is None:
-        return DenseInput(source, checkpoint, checkpoint.tensors, Attached())
-    attached, problems = attach(source, checkpoint)
-    setting.problems.extend(problems)
-    setting.problems.extend(no_target(source, name, checkpoint) for name in attached.fresh)
-    return DenseInput(source, checkpoint, {**checkpoint.tensors, **attached.heads}, attached)
-
-
-def _checkpoint_under(source: Input, setting: Setting) -> Checkpoint | None:
-    """The full weights that an input stands for or stands on."""
-    if source.checkpoint is not None:
-        return source.checkpoint
-    if setting.base is None or setting.base.checkpoint is None:
-        why = f"{source.label} is an adapter; expected a base_model to merge it into (space: full)"
-    elif setting.base.adapter is not None:
-        why = (
-            f"{source.label} is an adapter, and the base {setting.base.label} has one too, so it is not known what it "
-            "was trained on; expected model+adapter"
-        )
-    else:
-        return setting.base.checkpoint
-    setting.problems.append(MissingInputError(why))
-    return None
+    return open_dense(setting.base, setting)
 
 
 def _names(setting: Setting, reference: DenseInput, sources: list[DenseInput]) -> tuple[list[str], dict[str, str]]:
     """Names of the output's tensors, and for each tensor that some input ties instead of storing, its partner there."""
     inputs = (reference, *sources)
     heads: dict[str, str] = {}
+    lost: dict[str, list[DenseInput]] = {}
     for name in sorted({name for source in inputs for name in source.tensors}):
         absent = [source for source in inputs if name not in source.home.tensors]
         if not absent:
             continue
         partner = next((found for source in inputs if (found := tied_partner(name, source.tensors))), None)
-        if partner is not None and all(ties(source.home.config) and partner in source.tensors for source in absent):
+        if partner is not None and all(_ties(source, partner) for source in absent):
             heads[name] = partner
             where = ", ".join(dict.fromkeys(source.source.label for source in absent))
             setting.notes.append(f"{name}: tied to {partner} in {where}, stored by the others; written on its own")
         else:
-            setting.problems.extend(_unaccounted(name, reference, absent, inputs))
+            lost[name] = absent
+    unlike = list(_other_class(setting, reference, sources, lost))
+    alike = [problem for name, absent in lost.items() for problem in _unaccounted(name, reference, absent, inputs)]
+    setting.problems.extend(unlike or alike)
     return sorted({*reference.tensors, *heads}), heads
+
+
+def _ties(source: DenseInput, partner: str) -> bool:
+    return partner in source.tensors and can_tie(source.home.config, source.tensors[partner].shape)
 
 
 def _changes_a_tied_head(source: DenseInput, heads: Mapping[str, str]) -> Iterator[MergekitBayesError]:
@@ -165,24 +123,43 @@ def _unaccounted(
             )
 
 
+def _other_class(
+    setting: Setting, reference: DenseInput, sources: list[DenseInput], lost: Mapping[str, list[DenseInput]]
+) -> Iterator[MissingTensorError]:
+    """Models of another class than the base's, whose new head started nobody knows where: one refusal for each."""
+    ours = architecture_of(reference.home.config)
+    for source in sources if setting.base is not None else ():
+        theirs = architecture_of(source.home.config)
+        names = [name for name in lost if (name in source.tensors) != (name in reference.tensors)]
+        if names and source.source.adapter is None and None not in (ours, theirs) and ours != theirs:
+            other = "adapters in space: product" if setting.method.base == "required" else "no base_model"
+            yield MissingTensorError(
+                f"{source.source.label}: is a {theirs}, {reference.source.label} a {ours}, and {len(names)} tensors "
+                f"are in one of them only: {listed(names, 6)}; expected {FRESH_NAME} beside a new head, which "
+                f"bayes-merge writes when it trains one; or {other}"
+            )
+
+
 def _tie(source: DenseInput, ties: Mapping[str, str]) -> DenseInput:
     """Give an input the tensors it ties under their own names."""
     absent = {name: source.tensors[partner] for name, partner in ties.items() if name not in source.tensors}
     return replace(source, tensors={**source.tensors, **absent}) if absent else source
 
 
-def _step(
-    setting: Setting, reference: DenseInput, sources: list[DenseInput], name: str, position: float
-) -> Step | None:
+def _step(setting: Setting, headed: Headed, name: str, position: float) -> Step | None:
+    reference, sources = headed.reference, headed.sources
     stored = reference.stored(name)
     others = {source.source.label: source.stored(name) for source in sources}
-    problems = _disagreements(name, reference.source.label, stored, others)
+    # What is new in the output has the dtype that it was trained in; its start may be stored in more digits.
+    trained = headed.fresh.get(name) or {reference.source.label: stored, **others}
+    first = next(iter(trained))
+    problems = _disagreements(name, first, stored, others)
     if problems:
         setting.problems.extend(problems)
         return None
     if not mergeable(stored):
         return CopyStep(name, stored.dtype, stored, tuple(others.items()), f"{stored.dtype} is not a weight")
-    dtype = setting.output_dtype(name, stored, others)
+    dtype = setting.output_dtype(name, trained[first], trained)
     weights = setting.try_weights(name, position)
     if weights is None:
         return None

@@ -14,8 +14,9 @@ from mergekit_bayes.checkpoint.adapter import open_adapter
 from mergekit_bayes.checkpoint.disk import disk_errors, write_all
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.index import open_checkpoint
+from mergekit_bayes.checkpoint.reader import BlockReader
 from mergekit_bayes.checkpoint.sidecar import open_sidecar
-from mergekit_bayes.checkpoint.writer import ShardLayout, index_json, index_name
+from mergekit_bayes.checkpoint.writer import ShardLayout, ShardWriter, index_json, index_name
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.card import model_card
 from mergekit_bayes.merge.plan import MergePlan
@@ -59,12 +60,27 @@ def finish_folder(plan: MergePlan, staging: Path, records: Mapping[str, Any], op
     _write(staging / ("config.json" if dense else "adapter_config.json"), _json(plan.configuration))
     if dense:
         _copy_files(plan, staging)
+    _write_initial(plan, staging)
     mean = (open_checkpoint(staging) if dense else open_adapter(staging)).tensors
     _finish_sidecar(plan, staging, fingerprint(mean))
     _write(staging / RECIPE_NAME, dump_yaml(plan.recipe.resolved()))
     text = report(plan, records, options)
     _write(staging / REPORT_NAME, text)
     _write(staging / "README.md", model_card(plan, json.loads(text)))
+
+
+def _write_initial(plan: MergePlan, staging: Path) -> None:
+    """Copy what new modules started from; the result can then be merged like what it was made of."""
+    if plan.initial is None:
+        return
+    from mergekit_bayes.merge.checks import check_block  # here only: plans import this module without torch
+
+    path = staging / plan.initial.layout.filename
+    with BlockReader() as reader, ShardWriter(path, plan.initial.layout) as writer:
+        for name, tensor in plan.initial.tensors.items():
+            values = reader.read_block(tensor, 0, tensor.numel)
+            check_block(values, name, str(tensor.path))
+            writer.write(name, 0, values)
 
 
 def _finish_sidecar(plan: MergePlan, staging: Path, mean_fingerprint: str) -> None:

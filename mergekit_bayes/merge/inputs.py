@@ -16,6 +16,7 @@ from mergekit_bayes.checkpoint.adapter import Adapter, is_adapter, open_adapter
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.index import Checkpoint, open_checkpoint
+from mergekit_bayes.checkpoint.initial import InitialModules, open_initial
 from mergekit_bayes.checkpoint.reference import parse_reference, resolve
 from mergekit_bayes.checkpoint.sidecar import Sidecar, check_base, check_sidecar, find_sidecar, open_sidecar
 from mergekit_bayes.errors import CheckpointError, MergekitBayesError, PlanError, SidecarMismatchError
@@ -31,6 +32,7 @@ class Input:
         adapter: the LoRA adapter, or None.
         sidecar: its precisions, or None.
         scalar_precision: an isotropic precision given in the recipe, or None.
+        initial: what new modules of checkpoint and adapter started from, in this order, where they tell.
     """
 
     label: str
@@ -38,6 +40,7 @@ class Input:
     adapter: Adapter | None
     sidecar: Sidecar | None
     scalar_precision: float | None = None
+    initial: tuple[InitialModules, ...] = ()
 
     @property
     def places(self) -> tuple[Path, ...]:
@@ -52,6 +55,11 @@ class Input:
         if self.adapter is not None:
             return self.adapter.tensors
         return self.checkpoint.tensors if self.checkpoint is not None else {}
+
+    @property
+    def starts(self) -> Mapping[str, TensorInfo]:
+        """What tensors that the base lacks started from, by their name in the full model."""
+        return {name: tensor for part in self.initial for name, tensor in part.tensors.items()}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -97,7 +105,9 @@ def open_input(reference: str, precision: str | float | bool | None, *, base_dir
         adapter = open_adapter(extra.path, reference=reference, revision=extra.revision)
     described = adapter.folder if adapter is not None else folder.path
     scalar, sidecar = _open_precision(precision, described, base_dir)
-    return Input(reference, checkpoint, adapter, sidecar, scalar)
+    found = [open_initial(part.folder) for part in (checkpoint, adapter) if part is not None]
+    initial = tuple(part for part in found if part is not None)
+    return Input(reference, checkpoint, adapter, sidecar, scalar, initial)
 
 
 def _open_precision(
@@ -117,9 +127,9 @@ def _open_precision(
 
 
 def belongs(source: Input, base: Input | None) -> list[MergekitBayesError]:
-    """Every reason why the sidecar of `source` does not describe it, or describes it on another base."""
+    """Every reason why what lies beside `source`, its sidecar before all, describes something else or another base."""
     if source.sidecar is None:
-        return []
+        return on_its_base(source, base)
     found = check_sidecar(
         source.sidecar,
         mean_tensors=source.mean_tensors,
@@ -147,8 +157,18 @@ def _other_scaling(source: Input) -> list[SidecarMismatchError]:
 
 
 def on_its_base(source: Input, base: Input | None) -> list[MergekitBayesError]:
-    """The reason why a full checkpoint was not trained from `base`, as far as its sidecar knows."""
-    return [] if source.sidecar is None else list(check_base(source.sidecar, _base_fingerprint(source, base)))
+    """The reason why a full checkpoint was not trained from `base`, as far as what lies beside it knows."""
+    expected = _base_fingerprint(source, base)
+    if source.sidecar is not None:
+        return list(check_base(source.sidecar, expected))
+    known = {part.provenance.base_fingerprint: part.path for part in source.initial}
+    return [
+        CheckpointError(
+            f"{path}: belongs to a base with fingerprint {seen}; expected {expected}, that of the base in use"
+        )
+        for seen, path in known.items()
+        if None not in (seen, expected) and seen != expected
+    ]
 
 
 def _base_fingerprint(source: Input, base: Input | None) -> str | None:

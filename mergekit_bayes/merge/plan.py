@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.initial import FRESH_NAME
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata
 from mergekit_bayes.checkpoint.writer import ShardLayout, TensorEntry, layout_shards
 from mergekit_bayes.errors import MergekitBayesError, MissingInputError, PlanError, RecipeError
@@ -24,8 +25,22 @@ from mergekit_bayes.merge.inputs import Input, belongs, flatten, on_its_base, op
 from mergekit_bayes.merge.provenance import data_scale, merged_metadata, metadata_strings
 from mergekit_bayes.merge.registry import MergeMethod, get_method
 from mergekit_bayes.merge.setting import Setting
-from mergekit_bayes.merge.steps import CopyStep, MergeStep, Step, Unit
+from mergekit_bayes.merge.steps import CopyStep, Layout, MergeStep, Step, Unit
+from mergekit_bayes.merge.task import Task, agreed_task
 from mergekit_bayes.recipe import MergeRecipe, unused_filter_problems
+
+
+@dataclass(frozen=True)
+class Initial:
+    """The file of starting values that an output with new modules comes with.
+
+    Attributes:
+        layout: the file.
+        tensors: where the values lie now, by name.
+    """
+
+    layout: ShardLayout
+    tensors: Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,9 @@ class MergePlan:
         compute_dtype: "F32" or "F64".
         notes: what the user should know.
         out: output folder, or None while only looking.
+        initial: what new modules of the output started from, written beside it; None where there is nothing to tell.
+        dropped: tensors of the base that the output has no place for, with the reason, by name.
+        task: what the sources were trained to do, as far as they tell.
     """
 
     recipe: MergeRecipe
@@ -60,6 +78,9 @@ class MergePlan:
     compute_dtype: str
     notes: tuple[str, ...]
     out: Path | None
+    initial: Initial | None = None
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    task: Task = field(default_factory=Task)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -97,7 +118,8 @@ class MergePlan:
         """Hex key of everything that decides the output's bytes: a rerun continues only a run with the same key."""
         from mergekit_bayes import __version__
 
-        files = sorted({step_input.path for step in self.steps for step_input in step.inputs})
+        starts = self.initial.tensors.values() if self.initial is not None else ()
+        files = sorted({tensor.path for tensor in (*read_tensors(self), *starts)})
         stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         anywhere = self.recipe.output.model_copy(update={"path": None})
         key = {
@@ -128,11 +150,8 @@ def plan_merge(recipe: MergeRecipe, out: Path | None = None, *, recipe_dir: Path
         raise RecipeError(f"kind: found `{recipe.kind}`; expected `merge`, the kind that this call plans")
     folder = recipe_dir or Path.cwd()
     setting = _setting(recipe, folder)
-    untied = False
-    if setting.space == "full":
-        steps, untied = dense_steps(setting)
-    else:
-        steps = adapter_steps(setting)
+    layout = dense_steps(setting) if setting.space == "full" else adapter_steps(setting)
+    steps = layout.steps
     _check_filters(setting, steps)
     if not steps and not setting.problems:
         setting.problems.append(MissingInputError("the inputs hold no tensors; expected at least one"))
@@ -148,12 +167,15 @@ def plan_merge(recipe: MergeRecipe, out: Path | None = None, *, recipe_dir: Path
         sources=setting.sources,
         space=setting.space,
         units=_units(setting, steps, sidecar),
-        configuration=output_configuration(setting, steps, untied=untied),
+        configuration=output_configuration(setting, layout),
         sidecar=sidecar,
         prior=setting.scalar_prior if setting.needs_prior else None,
         compute_dtype=setting.compute_dtype(steps),
         notes=tuple(dict.fromkeys(setting.notes)),
         out=target,
+        initial=_initial(setting, layout),
+        dropped=layout.dropped,
+        task=setting.task,
     )
 
 
@@ -181,7 +203,8 @@ def _setting(recipe: MergeRecipe, folder: Path) -> Setting:
     problems.extend(problem for opened in sources for problem in check(opened, expected))
     if base is not None and method.prior == "required":
         problems.extend(belongs(base, None))
-    setting = Setting(recipe, method, base, tuple(sources), space, tuple(indices), problems, notes)
+    task = agreed_task(sources, problems)
+    setting = Setting(recipe, method, base, tuple(sources), space, tuple(indices), task, problems, notes)
     if problems:
         raise PlanError(problems)
     return setting
@@ -261,13 +284,13 @@ def _add_notes(setting: Setting) -> None:
         setting.notes.append(f"the sidecars are of different kinds, so their precisions may not compare ({shown})")
 
 
-def _check_filters(setting: Setting, steps: list[Step]) -> None:
+def _check_filters(setting: Setting, steps: Sequence[Step]) -> None:
     names = [step.name if isinstance(step, MergeStep) else f"{step.name}.weight" for step in steps]
     names += [step.name for step in steps]
     setting.problems.extend(RecipeError(problem) for problem in unused_filter_problems(setting.recipe, names))
 
 
-def _units(setting: Setting, steps: list[Step], sidecar: SidecarMetadata | None) -> tuple[Unit, ...]:
+def _units(setting: Setting, steps: Sequence[Step], sidecar: SidecarMetadata | None) -> tuple[Unit, ...]:
     """Group steps into shards; the sidecar is cut where the checkpoint is."""
     stem = "model" if setting.space == "full" else "adapter_model"
     limit = setting.recipe.output.max_shard_size if setting.space == "full" else 1 << 62
@@ -295,6 +318,17 @@ def _beside(
     name = layout.filename.replace(stem, "precision", 1)
     (alone,) = layout_shards(entries, max_shard_bytes=1 << 62, metadata=sidecar.to_metadata())
     return ShardLayout(name, alone.entries, alone.metadata)
+
+
+def _initial(setting: Setting, layout: Layout) -> Initial | None:
+    """The start of what is new in the output, so that it can be merged further."""
+    if not layout.starts:
+        return None
+    entries = [TensorEntry(name, tensor.dtype, tensor.shape) for name, tensor in sorted(layout.starts.items())]
+    metadata = metadata_strings(setting, space=setting.space, initial=True)
+    stem = FRESH_NAME.removesuffix(".safetensors")
+    (alone,) = layout_shards(entries, stem=stem, max_shard_bytes=1 << 62, metadata=metadata)
+    return Initial(alone, layout.starts)
 
 
 def copied(plan: MergePlan) -> tuple[CopyStep, ...]:

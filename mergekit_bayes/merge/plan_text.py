@@ -69,6 +69,7 @@ def _notes(plan: MergePlan) -> list[str]:
 
 def _steps(plan: MergePlan) -> list[str]:
     rows = [_row(step, [source.label for source in plan.sources]) for step in plan.steps]
+    rows += [_dropped_row(plan, name, reason) for name, reason in plan.dropped.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, (*widths, 0), strict=True)).rstrip() for row in rows
@@ -89,25 +90,34 @@ def _row(step: Step, labels: Sequence[str]) -> tuple[str, str, str, str, str]:
     return "merge", step.name, _shape(step.shape), step.dtype, f"weights {weights}{precisions}"
 
 
+def _dropped_row(plan: MergePlan, name: str, reason: str) -> tuple[str, str, str, str, str]:
+    assert plan.base is not None  # only of a base is anything dropped
+    assert plan.base.checkpoint is not None
+    tensor = plan.base.checkpoint.tensors[name]
+    return "drop", name, _shape(tensor.shape), tensor.dtype, reason
+
+
 def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
 def _files(plan: MergePlan) -> list[str]:
     def lines() -> Iterator[str]:
-        for unit in plan.units:
-            for layout in (unit.layout, unit.precision_layout):
-                if layout is not None:
-                    count = f"{len(layout.entries)} tensor{'' if len(layout.entries) == 1 else 's'}"
-                    yield f"file       {layout.filename}: {count}, {format_bytes(layout.nbytes)}"
+        beside = [plan.initial.layout] if plan.initial is not None else []
+        pairs = [(unit.layout, unit.precision_layout) for unit in plan.units]
+        for layout in (*(layout for pair in pairs for layout in pair), *beside):
+            if layout is not None:
+                count = f"{len(layout.entries)} tensor{'' if len(layout.entries) == 1 else 's'}"
+                yield f"file       {layout.filename}: {count}, {format_bytes(layout.nbytes)}"
 
     return list(lines())
 
 
 def _resources(plan: MergePlan) -> list[str]:
     kinds = Counter("copied" if isinstance(step, CopyStep) else "merged" for step in plan.steps)
+    dropped = f", {len(plan.dropped)} dropped" if plan.dropped else ""
     lines = [
-        f"tensors    {kinds['merged']} merged, {kinds['copied']} copied",
+        f"tensors    {kinds['merged']} merged, {kinds['copied']} copied{dropped}",
         f"read       {format_bytes(plan.bytes_read)}",
         f"write      {format_bytes(plan.bytes_written)}",
         f"memory     about {format_bytes(peak_memory(plan))} at its peak",

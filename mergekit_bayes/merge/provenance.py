@@ -76,11 +76,18 @@ def _base_fingerprint(setting: Setting) -> str | None:
     return known.pop() if len(known) == 1 else None
 
 
-def metadata_strings(setting: Setting, *, space: str) -> dict[str, str]:
-    """Strings for the header of the output's weights; `format: pt` is what transformers insists on."""
+def metadata_strings(setting: Setting, *, space: str, initial: bool = False) -> dict[str, str]:
+    """Strings for the header of the output's weights; `format: pt` is what transformers insists on.
+
+    Args:
+        setting: the recipe and its inputs.
+        space: of the output; a full model has a configuration to tell the rest.
+        initial: for the file of starting values beside it, which has none.
+    """
     strings = {"format": "pt"}
-    if space != "full":
-        content = {"base_fingerprint": _base_fingerprint(setting), "method": setting.method.name}
+    if space != "full" or initial:
+        known = setting.task.provenance.facts()
+        content = {"base_fingerprint": _base_fingerprint(setting), "method": setting.method.name, **known}
         strings["mergekit_bayes"] = json.dumps(content, sort_keys=True)
     return strings
 
@@ -113,6 +120,8 @@ def report(plan: MergePlan, records: Mapping[str, Mapping[str, object]], options
         "tensors": {
             "merged": len(plan.steps) - len(copies),
             "copied": {step.name: step.reason for step in copies},
+            "dropped": dict(plan.dropped),
+            "started": sorted(plan.initial.tensors) if plan.initial is not None else [],
             "notes": list(plan.notes),
         },
         "mismatch": _mismatch(plan, records),

@@ -54,7 +54,8 @@ class MergeResult:
         if not self.report:
             return ""
         tensors = self.report["tensors"]
-        lines = [f"{self.folder}: {tensors['merged']} tensors merged, {len(tensors['copied'])} copied"]
+        dropped = f", {len(tensors['dropped'])} of the base dropped" if tensors["dropped"] else ""
+        lines = [f"{self.folder}: {tensors['merged']} tensors merged, {len(tensors['copied'])} copied{dropped}"]
         for label, gap in self.report["mismatch"].items():
             unit = f" ({gap['per_unit']:.3g} per training unit)" if gap["per_unit"] is not None else ""
             lines.append(f"  predicted loss increase of {label}: {gap['total']:.4g}{unit}")

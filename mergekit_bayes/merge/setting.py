@@ -23,6 +23,7 @@ from mergekit_bayes.errors import (
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.registry import MergeMethod
 from mergekit_bayes.merge.steps import LowRank, Operand, Step
+from mergekit_bayes.merge.task import Task
 from mergekit_bayes.recipe import MergeRecipe
 
 MERGEABLE = ("BF16", "F16", "F32", "F64")
@@ -40,6 +41,7 @@ class Setting:
         sources: the opened sources, in the order of the recipe.
         space: "full", "product" or "factor".
         indices: for each source, its index in `recipe.models`.
+        task: what the sources were trained to do, as far as they tell.
         problems: filled while planning; a plan exists only if it stays empty.
         notes: things the user should know that are no errors.
         prior_only: by source, the tensors that get the prior's precision for want of their own.
@@ -51,6 +53,7 @@ class Setting:
     sources: tuple[Input, ...]
     space: str
     indices: tuple[int, ...]
+    task: Task = field(default_factory=Task)
     problems: list[MergekitBayesError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     prior_only: dict[str, list[str]] = field(default_factory=dict)
@@ -185,7 +188,8 @@ class Setting:
             return fallback / self.base_divisor
         self.problems.append(
             MissingInputError(
-                f"{self.base.sidecar.path}: no precision for {name}, and no prior_precision to fall back on"
+                f"{self.base.sidecar.path}: no precision for {name}, and no prior_precision to fall back on; expected "
+                "one of them, or a number for precision.prior"
             )
         )
         return 1.0

@@ -11,7 +11,8 @@ Nothing here opens a file or imports torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 from mergekit_bayes.checkpoint.header import TensorInfo
@@ -241,6 +242,25 @@ class ModuleStep:
 
 
 Step = MergeStep | CopyStep | ModuleStep
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was laid out, before it is cut into shards.
+
+    Attributes:
+        steps: one per output tensor or adapted layer.
+        untied: whether the output head has to be untied from the embedding.
+        fresh: names of tensors that the base lacks and sources bring along.
+        starts: what those started from, where it is known and common.
+        dropped: tensors of the base that the output has no place for, with the reason, by name.
+    """
+
+    steps: Sequence[Step]
+    untied: bool = False
+    fresh: tuple[str, ...] = ()
+    starts: Mapping[str, TensorInfo] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
 
 
 def weights_by_label(step: MergeStep | ModuleStep) -> dict[str, float]:

@@ -20,7 +20,9 @@ from mergekit_bayes.checkpoint.adapter import is_adapter, open_adapter
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.index import open_checkpoint
+from mergekit_bayes.checkpoint.initial import FRESH_NAME
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata, open_sidecar, write_sidecar
+from mergekit_bayes.checkpoint.sidecar_metadata import METADATA_KEY
 
 Tensors = Mapping[str, Tensor]
 
@@ -81,6 +83,7 @@ def write_adapter(
     saved: Tensors | None = None,
     embeddings: Sequence[str] = (),
     base: Path | None = None,
+    told: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> Path:
     """A PEFT adapter folder.
@@ -92,6 +95,7 @@ def write_adapter(
         saved: tensors stored whole, by the name of the base tensor.
         embeddings: the modules among `factors` that are embeddings.
         base: goes into `base_model_name_or_path`.
+        told: what the header says about the adapter, as training writes it.
         config: further keys of adapter_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +105,7 @@ def write_adapter(
         keys = ("lora_embedding_A", "lora_embedding_B") if name in embeddings else ("lora_A.weight", "lora_B.weight")
         for key, factor in zip(keys, (a, b), strict=True):
             tensors[f"{PREFIX}{name}.{key}"] = factor.contiguous().clone()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "adapter_model.safetensors", metadata=_metadata(told))
     content = {
         "peft_type": "LORA",
         "base_model_name_or_path": None if base is None else str(base),
@@ -115,6 +119,18 @@ def write_adapter(
     }
     (folder / "adapter_config.json").write_text(json.dumps(content))
     return folder
+
+
+def write_initial(folder: Path, tensors: Tensors, *, base: Path | None = None) -> Path:
+    """What new modules started from, beside the model or adapter in `folder`; `base` goes into the header."""
+    told = None if base is None else {"base_fingerprint": fingerprint(tensor_infos(base))}
+    file = folder / FRESH_NAME
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, metadata=_metadata(told))
+    return file
+
+
+def _metadata(told: Mapping[str, Any] | None) -> dict[str, str]:
+    return {"format": "pt", **({} if told is None else {METADATA_KEY: json.dumps(told)})}
 
 
 def tensor_infos(folder: Path) -> Mapping[str, TensorInfo]:
