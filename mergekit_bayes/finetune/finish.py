@@ -64,18 +64,20 @@ def _write_precision(setup: Setup, folder: Path, counters: Counters) -> dict[str
     if output.precision is False or not isinstance(optimizer, IVON):
         return None
     found = diagnose(optimizer)
+    units_per_step = max(1, round(counters.units / max(1, counters.step - counters.skipped)))
     exported = export_precision(
         optimizer,
         setup.parameters.items(),
         num_examples=num_examples(setup, counters),
         debias=output.debias_precision,
+        units_per_step=units_per_step,
     )
     write_precision(
         folder,
         exported,
         base=setup.loaded.base,
         loss_unit=_unit(setup),
-        batch_size=max(1, round(counters.units / max(1, counters.step - counters.skipped))),
+        batch_size=units_per_step,
         dtype=output.precision,
     )
     weights = sum(parameter.numel() for parameter in setup.parameters.values())

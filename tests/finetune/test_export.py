@@ -51,6 +51,29 @@ def test_debiased_export_removes_the_initial_curvature_and_floors_the_rest() -> 
     assert float(learned.median()) < float(optimizer.state[parameter]["hess"].median())
 
 
+@pytest.mark.parametrize(("samples", "antithetic"), [(1, False), (4, False), (2, True)])
+def test_the_share_of_squared_gradients_is_taken_out(samples: int, antithetic: bool) -> None:
+    """Means of Gaussians of variance 1, from batches of 4: the curvature is 1 and so is the Fisher information."""
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.zeros(2000))
+    options = {"lr": 0.05, "ess": 2000.0, "hess_init": 1.0, "beta2": 0.99, "weight_decay": 0.0}
+    optimizer = IVON([parameter], **options, mc_samples=samples, antithetic=antithetic)
+    for _ in range(1000):
+        batch = torch.randn(4, 2000)
+        for _ in range(samples):
+            with optimizer.sampled_params(train=True):
+                (0.5 * (parameter - batch).square()).mean(0).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    raw, right = (
+        export_precision(optimizer, [("w", parameter)], num_examples=10, debias=True, units_per_step=units)
+        for units in (None, 4)
+    )
+    expected = 1.0 if antithetic else 1 + 0.01 * 2000 / (2 * 4 * samples)
+    assert float(raw.precisions["w"].mean()) / 10 == pytest.approx(expected, rel=0.07)
+    assert float(right.precisions["w"].mean()) / 10 == pytest.approx(1.0, rel=0.07)
+
+
 @pytest.mark.parametrize(("steps", "beta2"), [(0, 0.9), (5, 1.0)])
 def test_nothing_to_debias_is_an_error(steps: int, beta2: float) -> None:
     optimizer, parameter = trained(steps, beta2)

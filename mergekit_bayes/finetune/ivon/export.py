@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergekit_bayes.errors import FinetuneError
 from mergekit_bayes.finetune.ivon.sharding import whole
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from mergekit_bayes.finetune.ivon.optimizer import IVON
 
-__all__ = ["Exported", "export_precision"]
+__all__ = ["Exported", "export_precision", "inflation"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ def export_precision(
     *,
     num_examples: int,
     debias: bool = False,
+    units_per_step: float | None = None,
     relative_floor: float = 1e-3,
 ) -> Exported:
     """Returns the precision of every trained parameter at data scale, S = N (h + weight_decay).
@@ -51,6 +52,8 @@ def export_precision(
         num_examples: N, training units of the loss, of the kind that the mean loss averages over.
         debias: remove the share that h0 still has in h: (h - a h0) / (1 - a), with a = beta2^T after T steps.
             Entries below the floor, negative ones among them, are raised to it.
+        units_per_step: of the mean gradient of a step, over all micro-batches and processes. With it, debiasing also
+            divides h by its `inflation`, the share of it that comes from squared gradients.
         relative_floor: floor of the debiased h, as a share of the mean of its positive entries in a tensor.
 
     Raises:
@@ -59,6 +62,7 @@ def export_precision(
     if num_examples < 1:
         raise FinetuneError(f"export of precisions: num_examples is {num_examples}, expected 1 or more")
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    samples = 0 if optimizer.antithetic else optimizer.mc_samples
     precisions, used, floored = {}, [], 0
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
@@ -70,9 +74,32 @@ def export_precision(
         if debias:
             hess, raised = _debiased(name, hess, state["hess_init_share"], group["hess_init"], relative_floor)
             floored += raised
+            if units_per_step is not None:
+                hess = hess / inflation(group, units_per_step=units_per_step, samples=samples)
         precisions[name] = (hess + group["solved_weight_decay"]) * num_examples
         used.append((group, state["step"]))
     return Exported(precisions, _metadata(used, num_examples, debias), floored)
+
+
+def inflation(group: Mapping[str, Any], *, units_per_step: float, samples: int = 1) -> float:
+    """How many times too large the curvature of a log-likelihood settles, 1 + (1 - beta2) ess / (2 B M).
+
+    Noise times gradient has the right mean, but its square enters h as well, which settles at
+    h* = H + (1 - beta2) ess E[g^2] / (2 M) with g the mean gradient of B units and M samples averaged. Near a minimum of
+    a log-likelihood the gradients of single units have the mean square H (the two forms of the Fisher information), so
+    that E[g^2] = H / B: the ranking of weights is right at any ess, the scale is not, and merges need the scale.
+
+    Args:
+        group: of the optimizer: `beta2`, `ess`, `hess_approx`.
+        units_per_step: B.
+        samples: M; 0 for antithetic samples, in which the square of the gradient cancels.
+
+    Returns:
+        The factor, at least 1; 1 where h is estimated from squared gradients in the first place.
+    """
+    if group["hess_approx"] != "price" or not samples:
+        return 1.0
+    return 1 + (1 - float(group["beta2"])) * float(group["ess"]) / (2 * units_per_step * samples)
 
 
 def _debiased(name: str, hess: Tensor, share: float, hess_init: float, relative_floor: float) -> tuple[Tensor, int]:
