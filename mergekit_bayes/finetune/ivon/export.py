@@ -85,9 +85,9 @@ def inflation(group: Mapping[str, Any], *, units_per_step: float, samples: int =
     """How many times too large the curvature of a log-likelihood settles, 1 + (1 - beta2) ess / (2 B M).
 
     Noise times gradient has the right mean, but its square enters h as well, which settles at
-    h* = H + (1 - beta2) ess E[g^2] / (2 M) with g the mean gradient of B units and M samples averaged. Near a minimum of
-    a log-likelihood the gradients of single units have the mean square H (the two forms of the Fisher information), so
-    that E[g^2] = H / B: the ranking of weights is right at any ess, the scale is not, and merges need the scale.
+    h* = H + (1 - beta2) ess E[g^2] / (2 M) with g the mean gradient of B units and M samples averaged. Near a minimum
+    of a log-likelihood the gradients of single units have the mean square H (the two forms of the Fisher information),
+    so that E[g^2] = H / B: the ranking of weights is right at any ess, the scale is not, and merges need the scale.
 
     Args:
         group: of the optimizer: `beta2`, `ess`, `hess_approx`.
