@@ -7,13 +7,14 @@ tensor per parameter: the mean while the parameter is the sample, and the sample
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.finetune.ivon.fused import can_fuse, fused_perturb_
-from mergekit_bayes.finetune.ivon.noise import KeyedNoise, room_for
+from mergekit_bayes.finetune.ivon.noise import KeyedNoise, aligned, room_for
 from mergekit_bayes.finetune.ivon.sharding import cut_like, local, local_range
 from mergekit_bayes.finetune.ivon.update import blocks, perturb_
 
@@ -78,26 +79,26 @@ def perturb_all_(rows: Sequence[Row], noise: KeyedNoise, key: int, *, fusing: bo
 
 
 def _batches(rows: Sequence[Row], limit: int) -> Iterator[list[Row]]:
+    """Cuts the stream at multiples of the limit: a chunk of noise lies in one batch, and is drawn once."""
     batch: list[Row] = []
-    size = 0
     for row in rows:
         for part in _parts(row, limit):
-            if batch and size + part.mean.numel() > limit:
+            if batch and part.at // limit != batch[0].at // limit:
                 yield batch
-                batch, size = [], 0
+                batch = []
             batch.append(part)
-            size += part.mean.numel()
     if batch:
         yield batch
 
 
 def _parts(row: Row, limit: int) -> Iterator[Row]:
-    if row.mean.numel() <= limit or not (row.mean.is_contiguous() and row.hess.is_contiguous()):
+    size = row.mean.numel()
+    first = limit - row.at % limit
+    if size <= first or not (row.mean.is_contiguous() and row.hess.is_contiguous()):
         yield row
         return
     mean, hess = row.mean.view(-1), row.hess.view(-1)
-    for begin in range(0, mean.numel(), limit):
-        end = begin + limit
+    for begin, end in pairwise([0, *range(first, size, limit), size]):
         yield row._replace(mean=mean[begin:end], hess=hess[begin:end], at=row.at + begin)
 
 
@@ -115,11 +116,25 @@ def _perturb_(rows: Sequence[Row], noise: Sequence[Tensor], *, fusing: bool) -> 
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns copies, made in few launches."""
-    copies = [torch.empty_like(tensor, requires_grad=False) for tensor in tensors]
+    """Returns copies in as few pieces of memory as possible: cheap to take and to give back, and filled in one go."""
+    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+    for tensor in tensors:
+        kind = tensor.device, tensor.dtype
+        sizes[kind] = sizes.get(kind, 0) + aligned(tensor.numel())
+    room = {kind: torch.empty(size, dtype=kind[1], device=kind[0]) for kind, size in sizes.items()}
+    copies = []
+    for tensor in tensors:
+        kind, size = (tensor.device, tensor.dtype), tensor.numel()
+        part, room[kind] = room[kind][:size], room[kind][aligned(size) :]
+        copies.append(part.as_strided(tensor.shape, tensor.stride()) if _fills(tensor) else torch.empty_like(tensor))
     if copies:
         torch._foreach_copy_(copies, list(tensors))
     return copies
+
+
+def _fills(tensor: Tensor) -> bool:
+    """Whether the entries of a tensor are a piece of memory without gaps or overlap, in whatever order."""
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
 def restore_(parameters: Sequence[Tensor], means: Sequence[Tensor]) -> None:
