@@ -43,9 +43,9 @@ LAYER = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)] + [(H
 Shapes = list[tuple[int, ...]]
 
 
-def shapes(layers: int, tensors: int, entries: int) -> Shapes:
-    """Those of some layers, or equal parts of some number of entries."""
-    return [(entries // tensors,)] * tensors if tensors else LAYER * layers
+def sets(layers: int, tensors: int, entries: int) -> dict[str, Shapes]:
+    """The layers of a model, and many equal tensors with fewer weights together."""
+    return {"layers of a Llama": LAYER * layers, "equal tensors": [(entries // tensors,)] * tensors}
 
 
 def parameters(of: Shapes, device: str) -> list[nn.Parameter]:
@@ -125,10 +125,10 @@ def measure(of: Shapes, repeats: int, device: str) -> tuple[dict[str, Runs], dic
     return alternate(steps, repeats=repeats, warmup=3, device=device), bytes_per
 
 
-def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Medians in nanoseconds per parameter, and ratios."""
-    scale = 1e9 / results["entries"]
-    runs = {name: Runs(**values) for name, values in results["runs"].items()}
+def summary(case: dict[str, Any]) -> dict[str, Any]:
+    """Medians in nanoseconds per parameter, and ratios, for one set of weights."""
+    scale = 1e9 / case["entries"]
+    runs = {name: Runs(**values) for name, values in case["runs"].items()}
     ours = runs["IVON"]
     found: dict[str, Any] = {
         "wall": {name: statistics.median(each.wall) * scale for name, each in runs.items()},
@@ -142,19 +142,19 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def page(results: dict[str, Any]) -> str:
-    """The results for people."""
-    found = summary(results)
+def table(name: str, case: dict[str, Any]) -> list[str]:
+    """The results on one set of weights."""
+    found = summary(case)
     per_byte = found["wall"]["copy"] / 8
-    lines = ["# One optimizer step", "", described(results["machine"], results["load at end"])]
-    lines += [f"{results['entries']:,} float32 parameters in {results['tensors']} tensors.", ""]
-    lines += ["| | ns per parameter | processor time | floor by bytes | bytes kept | bytes borrowed |"]
+    lines = [f"## {name.capitalize()}", "", f"{case['entries']:,} parameters, float32, in {case['tensors']} tensors."]
+    lines += ["", "| | ns per parameter | processor time | floor by bytes | bytes kept | bytes borrowed |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for name, value in found["wall"].items():
-        memory = results["memory"].get(name)
-        cells = [f"{value:.2f}", f"{found['cpu'][name]:.2f}", f"{BYTES[name] * per_byte:.2f}" if name in BYTES else ""]
+    for variant, value in found["wall"].items():
+        memory = case["memory"].get(variant)
+        floor = f"{BYTES[variant] * per_byte:.2f}" if variant in BYTES else ""
+        cells = [f"{value:.2f}", f"{found['cpu'][variant]:.2f}", floor]
         cells += [f"{memory['kept']:.1f}", f"{memory['borrowed']:.1f}"] if memory else ["", ""]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
     lines.append("")
     if "ivon-opt of IVON" in found:
         plain, timed = found["ivon-opt of IVON"], found["ivon-opt of IVON, processor time"]
@@ -164,37 +164,50 @@ def page(results: dict[str, Any]) -> str:
             f"least {AIM:g} times is the aim. Without a compiler it is {without:.2f} times as fast.",
         ]
     noise = found["wall"]["normal numbers"] / found["wall"]["AdamW, fused"]
-    lines += [
+    return [
+        *lines,
         f"It takes {found['IVON of fused AdamW']:.1f} times as long as fused AdamW; drawing the normal numbers alone",
         f"takes {noise:.1f} times as long.",
+        "",
     ]
-    return "\n".join([*lines, "", f"`{results['command']}`, {results['date']}", ""])
+
+
+def page(results: dict[str, Any]) -> str:
+    """The results for people."""
+    lines = ["# One optimizer step", "", described(results["machine"], results["load at end"]), ""]
+    for name, case in results["cases"].items():
+        lines += table(name, case)
+    return "\n".join([*lines, f"`{results['command']}`, {results['date']}", ""])
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, and write results and page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=3, help="of a Llama, 3.2 million parameters each")
-    parser.add_argument("--tensors", type=int, default=0, help="in place of layers: equal tensors, so many")
+    parser.add_argument("--tensors", type=int, default=64, help="equal tensors, so many")
     parser.add_argument("--entries", type=int, default=8_000_000, help="of all these tensors together")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for optimizer.json and optimizer.md")
     given = parser.parse_args(arguments)
-    where, of = machine(given.device), shapes(given.layers, given.tensors, given.entries)
-    made_of = f"--tensors {given.tensors} --entries {given.entries}" if given.tensors else f"--layers {given.layers}"
-    runs, bytes_per = measure(of, given.repeats, given.device)
+    where, cases = machine(given.device), {}
+    for name, of in sets(given.layers, given.tensors, given.entries).items():
+        runs, memory = measure(of, given.repeats, given.device)
+        cases[name] = {
+            "entries": count(of),
+            "tensors": len(of),
+            "runs": {variant: vars(each) for variant, each in runs.items()},
+            "memory": memory,
+        }
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
-        "command": f"python -m evaluation.speed.optimizer {made_of} --repeats {given.repeats} --device {given.device}",
+        "command": f"python -m evaluation.speed.optimizer --layers {given.layers} --tensors {given.tensors}"
+        f" --entries {given.entries} --repeats {given.repeats} --device {given.device}",
         "machine": where,
         "load at end": os.getloadavg()[0],
-        "entries": count(of),
-        "tensors": len(of),
-        "runs": {name: vars(each) for name, each in runs.items()},
-        "memory": bytes_per,
+        "cases": cases,
+        "summary": {name: summary(case) for name, case in cases.items()},
     }
-    results["summary"] = summary(results)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "optimizer.json").write_text(json.dumps(results, indent=2) + "\n")
     (given.out / "optimizer.md").write_text(page(results))
