@@ -23,6 +23,10 @@ __all__ = ["Row", "clones", "exchange_", "perturb_all_", "restore_"]
 DRAWN_ON_CPU, DRAWN_ELSEWHERE = 1 << 20, 1 << 24
 """Numbers drawn before they are used: 4 MiB on CPU, few launches elsewhere."""
 
+PIECE_ON_CPU, PIECE_ELSEWHERE = 7 << 20, 1 << 28
+"""Entries of a piece of memory. What is larger than 32 MiB, the allocator of glibc takes from the system each time and
+gives back at once, and the system clears it; many small ones it gives back too."""
+
 
 class Row(NamedTuple):
     """One parameter, or a part of one, that is to be perturbed.
@@ -70,11 +74,10 @@ def perturb_all_(rows: Sequence[Row], noise: KeyedNoise, key: int, *, fusing: bo
             _perturb_([row], [cut_like(row.odd, numbers[0])], fusing=fusing)
     for device, there in by_device.items():
         limit = DRAWN_ON_CPU if device.type == "cpu" else DRAWN_ELSEWHERE
-        room = torch.empty(0, device=device)
-        for batch in _batches(there, limit):
-            ranges = [(row.at, row.at + row.mean.numel()) for row in batch]
-            if room.numel() < room_for(ranges):
-                room = torch.empty(room_for(ranges), dtype=torch.float32, device=device)
+        batches = [([(row.at, row.at + row.mean.numel()) for row in each], each) for each in _batches(there, limit)]
+        most = max(room_for(ranges) for ranges, _ in batches)
+        room = torch.empty(most, dtype=torch.float32, device=device)
+        for ranges, batch in batches:
             _perturb_(batch, noise.normal(device, key, ranges, room=room), fusing=fusing)
 
 
@@ -116,20 +119,34 @@ def _perturb_(rows: Sequence[Row], noise: Sequence[Tensor], *, fusing: bool) -> 
 
 
 def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Returns copies in as few pieces of memory as possible: cheap to take and to give back, and filled in one go."""
-    sizes: dict[tuple[torch.device, torch.dtype], int] = {}
-    for tensor in tensors:
-        kind = tensor.device, tensor.dtype
-        sizes[kind] = sizes.get(kind, 0) + aligned(tensor.numel())
-    room = {kind: torch.empty(size, dtype=kind[1], device=kind[0]) for kind, size in sizes.items()}
-    copies = []
-    for tensor in tensors:
-        kind, size = (tensor.device, tensor.dtype), tensor.numel()
-        part, room[kind] = room[kind][:size], room[kind][aligned(size) :]
-        copies.append(part.as_strided(tensor.shape, tensor.stride()) if _fills(tensor) else torch.empty_like(tensor))
+    """Returns copies, in few pieces of memory: cheap to take and to give back, and filled in one go."""
+    copies: list[Tensor] = []
+    for piece in _pieces(tensors):
+        room = torch.empty(
+            sum(aligned(tensor.numel()) for tensor in piece), dtype=piece[0].dtype, device=piece[0].device
+        )
+        for tensor in piece:
+            part, room = room[: tensor.numel()], room[aligned(tensor.numel()) :]
+            copies.append(part.as_strided(tensor.shape, tensor.stride()) if _fills(tensor) else tensor.clone())
     if copies:
         torch._foreach_copy_(copies, list(tensors))
     return copies
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of the same kind, up to some size."""
+    piece: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        limit = PIECE_ON_CPU if tensor.device.type == "cpu" else PIECE_ELSEWHERE
+        alike = piece and (tensor.device, tensor.dtype) == (piece[0].device, piece[0].dtype)
+        if piece and (not alike or size + tensor.numel() > limit):
+            yield piece
+            piece, size = [], 0
+        piece.append(tensor)
+        size += tensor.numel()
+    if piece:
+        yield piece
 
 
 def _fills(tensor: Tensor) -> bool:
