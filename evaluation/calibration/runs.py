@@ -43,11 +43,18 @@ class Run:
         return str(self.report["task"])
 
     @property
+    def has_posterior(self) -> bool:
+        """Whether there are precisions to sample with."""
+        return find_sidecar(self.folder) is not None
+
+    @property
     def trained_at(self) -> float | None:
-        """The temperature that training sampled at, N / ess; None without a sidecar."""
-        if find_sidecar(self.folder) is None:
+        """The temperature that training sampled at, N / ess; None without a sidecar, or with one that was debiased."""
+        if not self.has_posterior:
             return None
         metadata = open_sidecar(self.folder).metadata
+        if metadata.debiased:  # its curvature is not the one that training sampled with
+            return None
         return metadata.num_examples / metadata.ess if metadata.num_examples and metadata.ess else None
 
 

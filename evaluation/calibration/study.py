@@ -58,14 +58,15 @@ def predict_run(run: Run, data: HeldOut, options: argparse.Namespace) -> tuple[P
     if isinstance(at_mean, ClassPrediction):
         used["scaled"] = best_factor(predict(model, data.validation))
         found["mean, scaled"] = scaled(at_mean, used["scaled"])
-    trained_at = run.trained_at
-    if trained_at is None:
+    if not run.has_posterior:
         return found, used
     posterior = attach_posterior(model, run.folder)
     chooser = predict_next_tokens if run.task == "causal_lm" else predict_probabilities
     chosen = choose_temperature(model, data.validation, posterior, predict=chooser, samples=options.samples)
-    temperatures = {"posterior": 1.0, "as trained": trained_at, "chosen": chosen.temperature}
+    temperatures = {"posterior": 1.0, "as trained": run.trained_at, "chosen": chosen.temperature}
     for name, temperature in temperatures.items():
+        if temperature is None:
+            continue
         used[name] = temperature
         found[f"samples, {name}"] = predict(
             model, data.test, posterior, samples=options.samples, temperature=temperature

@@ -24,24 +24,14 @@ ARTEFACTS = HERE / "artefacts"
 HELD_OUT = HERE / "held_out"
 
 
-def load_model(folder: Path, *, trainable: bool = False) -> torch.nn.Module:
-    """A checkpoint or adapter as a float32 model in evaluation mode.
-
-    Args:
-        folder: what to load; an adapter is attached to the base of the example.
-        trainable: make an adapter's factors require gradients, with attention in a form that `torch.func` can
-            map over examples.
-    """
+def load_model(folder: Path) -> torch.nn.Module:
+    """A checkpoint or adapter as a float32 model for evaluation; an adapter is attached to the base of the example."""
     is_adapter = (folder / "adapter_config.json").exists()
-    model = AutoModelForCausalLM.from_pretrained(
-        ARTEFACTS / "base" if is_adapter else folder,
-        dtype=torch.float32,
-        attn_implementation="eager" if trainable else "sdpa",
-    )
+    model = AutoModelForCausalLM.from_pretrained(ARTEFACTS / "base" if is_adapter else folder, dtype=torch.float32)
     if is_adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        model = PeftModel.from_pretrained(model, folder)
     return model.eval()
 
 

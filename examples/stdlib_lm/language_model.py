@@ -1,34 +1,20 @@
-"""What is trained: the tokenizer, the base, the adapters, their text and their schedules."""
+"""What is trained here: the tokenizer and the base, their text and schedule."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 from corpus import DOMAINS, SEPARATOR, join, read_other_code, split_domain, without_paragraphs_of
 from optimisation import Schedule
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 4096
 WINDOW = 256
-LORA_RANK = 8
-LORA_ALPHA = 16
 
 # The base has seen Python, but not the library itself, and hardly any of the rest: the smaller texts are so small
 # that a base which sees more of them learns them by heart, and leaves an adapter nothing to gain on new documents.
 BASE_MIX = {"other_code": 0.94, "docs": 0.03, "headers": 0.03}
 BASE_SCHEDULE = Schedule(steps=500, batch=16, learning_rate=4e-3, weight_decay=0.1, warmup=60, seed=1)
-
-# Seven passes over the language reference, three over the headers, half a pass over the library.
-ADAPTER_STEPS = {"code": 360, "docs": 160, "headers": 200}
-
-
-def adapter_schedule(domain: str, *, seed: int) -> Schedule:
-    """The schedule of one adapter; the smaller its text, the shorter."""
-    steps = ADAPTER_STEPS[domain]
-    return Schedule(steps=steps, batch=16, learning_rate=1e-2, weight_decay=0.01, warmup=20, seed=seed)
 
 
 def training_texts() -> dict[str, str]:
@@ -82,16 +68,3 @@ def new_model() -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
-
-
-def new_adapter(base: Path, *, seed: int) -> PeftModel:
-    """The base in float32 with a fresh LoRA adapter on every linear layer.
-
-    The adapter's config names its base as "base", the folder beside its own, and no path of this machine.
-    """
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(r=LORA_RANK, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapter = get_peft_model(model, config)
-    adapter.peft_config["default"].base_model_name_or_path = "base"
-    return adapter

@@ -14,6 +14,9 @@ DESCRIPTIONS = {
     "headers": "fine-tuned on the C headers of CPython",
 }
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "precision.safetensors", "finetune_recipe.yaml")
+"""What is kept of a fine-tuning run: the posterior and how it was made."""
+
 CARD = """---
 license: apache-2.0
 library_name: {library}
@@ -39,8 +42,7 @@ def publish(folder: Path, losses: dict[str, float], *, window: int) -> None:
     is_adapter = config.exists()
     if is_adapter:
         settings = json.loads(config.read_text(encoding="utf-8"))
-        # a set in PEFT: its order would change with every run
-        settings["target_modules"] = sorted(settings["target_modules"])
+        settings["base_model_name_or_path"] = "base"  # the folder beside its own
         config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     card = CARD.format(
         library="peft" if is_adapter else "transformers",

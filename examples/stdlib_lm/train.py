@@ -1,35 +1,34 @@
 """Make every artefact of the example: the base, three adapters, their precisions and the held-out text.
 
-    OMP_NUM_THREADS=1 python examples/stdlib_lm/train.py [--stages tokenizer base adapters precisions cards]
+    OMP_NUM_THREADS=1 python examples/stdlib_lm/train.py [--stages tokenizer base adapters cards]
 
-About an hour on one core. Seeds are fixed; the numbers depend on the Python version (whose text this is) and,
-in the last digits, on the machine.
+About an hour on one core. Adapters and precisions are made by the recipes in `recipes/finetune/stdlib_lm`. Seeds are
+fixed; the numbers depend on the Python version (whose text this is) and, in the last digits, on the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import torch
-from adapter_precision import make_precision
-from corpus import DOMAINS, join, split_domain
+from corpus import DOMAINS, join, split_domain, write_training_text
 from evaluate import ARTEFACTS, HELD_OUT, evaluate, held_out_tokens, load_model
-from language_model import (
-    BASE_MIX,
-    BASE_SCHEDULE,
-    WINDOW,
-    adapter_schedule,
-    encode,
-    new_adapter,
-    new_model,
-    train_tokenizer,
-    training_texts,
-)
+from language_model import BASE_MIX, BASE_SCHEDULE, WINDOW, encode, new_model, train_tokenizer, training_texts
 from optimisation import train
-from publishing import publish
+from publishing import ADAPTER_FILES, publish
 from transformers import AutoTokenizer
+
+from mergekit_bayes import finetune, load_recipe
+from mergekit_bayes.recipe.finetune import FinetuneRecipe
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "recipes" / "finetune" / "stdlib_lm"
 
 
 def make_tokenizer() -> None:
@@ -49,19 +48,14 @@ def make_base() -> None:
 
 
 def make_adapters() -> None:
-    """Fine-tune one LoRA adapter per domain from the base as saved."""
-    streams = training_streams()
-    for seed, domain in enumerate(DOMAINS, start=11):
-        model = new_adapter(ARTEFACTS / "base", seed=seed)
-        train(model, streams, {domain: 1.0}, adapter_schedule(domain, seed=seed), name=domain)
-        model.save_pretrained(ARTEFACTS / domain, save_embedding_layers=False)
-
-
-def make_precisions() -> None:
-    """Estimate the precision of every adapter."""
-    streams = training_streams()
+    """Fine-tune one adapter per domain from the base as saved, with IVON-LoRA, by its recipe."""
+    write_training_text()
     for domain in DOMAINS:
-        make_precision(domain, streams[domain])
+        recipe = load_recipe(RECIPES / f"{domain}.yaml", expect=FinetuneRecipe)
+        with tempfile.TemporaryDirectory() as folder:
+            result = finetune(recipe, Path(folder) / domain, progress=True)
+            for name in ADAPTER_FILES:
+                shutil.copyfile(result.folder / name, ARTEFACTS / domain / name)
 
 
 def make_cards() -> None:
@@ -84,7 +78,6 @@ STAGES: dict[str, Callable[[], None]] = {
     "tokenizer": make_tokenizer,
     "base": make_base,
     "adapters": make_adapters,
-    "precisions": make_precisions,
     "cards": make_cards,
 }
 
@@ -94,6 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     chosen = parser.parse_args().stages
+    os.chdir(ROOT)  # the recipes name their inputs relative to it
     for name, stage in STAGES.items():
         if name in chosen:
             stage()

@@ -89,7 +89,7 @@ def test_sidecar_describes_the_adapter(example, domain):
     )
     assert not problems
     assert sidecar.tensors.keys() == adapter.tensors.keys()
-    assert (sidecar.metadata.space, sidecar.metadata.estimator) == ("factor", "fisher")
+    assert (sidecar.metadata.space, sidecar.metadata.estimator) == ("factor", "ivon")
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
