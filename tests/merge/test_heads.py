@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,10 @@ def test_the_head_of_the_base_s_own_task_is_dropped_by_name(make: Any, tmp_path:
 def test_how_a_plan_with_a_new_head_reads(tmp_path: Path) -> None:
     base, sources = lora(tmp_path)
     made = plan("gradient_matching", sources, base, space="full", dtype="float32")
-    check_golden(GOLDEN / "plans" / "heads.txt", plan_text(made).replace(str(tmp_path), "models") + "\n")
+    text = re.sub(r"memory     about .* at its peak", "memory     about SIZE at its peak", plan_text(made))
+    # a sidecar records the name of the base, which is a path of this machine
+    text = re.sub(r"(precision\S*: \d+ tensors?, |write      ).*", r"\1SIZE", text)
+    check_golden(GOLDEN / "plans" / "heads.txt", text.replace(str(tmp_path), "models") + "\n")
 
 
 @pytest.mark.parametrize("root", ["model.", ""])

@@ -286,7 +286,7 @@ def test_the_report_says_what_went_in_and_what_it_costs(recipe: Recipe, tmp_path
     assert [entry["role"] for entry in report["inputs"]] == ["base", "source", "source"]
     assert all(entry["fingerprint"].startswith("blake2b-16:") for entry in report["inputs"])
     assert report["seed"] == 0
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]  # not every build tells itself
     for index, source in enumerate(recipe["models"]):
         gap = report["mismatch"][source["model"]]
         assert gap["total"] == pytest.approx(sum(gap["by_layer"].values()))
