@@ -14,7 +14,7 @@ from mergekit_bayes.checkpoint.sidecar import find_sidecar, open_sidecar
 from mergekit_bayes.data import collate, evaluation_batches, load_training_data
 from mergekit_bayes.data.rows import Rows
 from mergekit_bayes.model import load_for_training
-from mergekit_bayes.model.base import open_base
+from mergekit_bayes.model.base_identity import open_base
 from mergekit_bayes.model.tokens import load_tokenizer
 from mergekit_bayes.recipe import load_recipe
 from mergekit_bayes.recipe.finetune import FinetuneRecipe

@@ -11,7 +11,7 @@ from mergekit_bayes.checkpoint.output import OutputFolder
 from mergekit_bayes.data.locate import HubDataset, LocalFiles, find, locate
 from mergekit_bayes.errors import MergekitBayesError, PlanError
 from mergekit_bayes.finetune.trackers import check_trackers
-from mergekit_bayes.model.base import open_base
+from mergekit_bayes.model.base_identity import open_base
 from mergekit_bayes.recipe import dump_yaml
 
 if TYPE_CHECKING:

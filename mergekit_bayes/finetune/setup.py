@@ -22,7 +22,7 @@ from mergekit_bayes.finetune.schedule import RunLength, run_length
 from mergekit_bayes.finetune.state import Identity
 from mergekit_bayes.finetune.trackers import check_trackers
 from mergekit_bayes.model import checkpoint_gradients, load_for_training, saved_parameters
-from mergekit_bayes.model.base import open_base
+from mergekit_bayes.model.base_identity import open_base
 from mergekit_bayes.model.tokens import load_tokenizer
 
 if TYPE_CHECKING:

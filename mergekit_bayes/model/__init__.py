@@ -22,7 +22,7 @@ _NEEDED = ("transformers", "peft", "accelerate")
 if _missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
     raise ModelError(f"models need {', '.join(_missing)}, not installed here; pip install 'mergekit-bayes[train]'")
 
-from mergekit_bayes.model.base import BaseIdentity  # noqa: E402 - after the check, whose message is of more help
+from mergekit_bayes.model.base_identity import BaseIdentity  # noqa: E402 - after the check, whose message is of more help
 from mergekit_bayes.model.launch import check_launch  # noqa: E402
 from mergekit_bayes.model.load import LoadedModel, checkpoint_gradients, load_for_training  # noqa: E402
 from mergekit_bayes.model.names import saved_parameters  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_bayes.errors import ModelError
-from mergekit_bayes.model.base import BaseIdentity, open_base
+from mergekit_bayes.model.base_identity import BaseIdentity, open_base
 from mergekit_bayes.model.head import head_modules, starting_values
 from mergekit_bayes.model.library import FAILURES, failure
 from mergekit_bayes.model.lora import ADAPTER_NAME, add_lora

@@ -11,7 +11,7 @@ import torch
 from mergekit_bayes.checkpoint.files import shown
 from mergekit_bayes.checkpoint.index import Checkpoint
 from mergekit_bayes.errors import ModelError
-from mergekit_bayes.model.base import check_finite, stored_dtype
+from mergekit_bayes.model.base_identity import check_finite, stored_dtype
 from mergekit_bayes.model.head import check_labels, find_fresh, head_modules, label_options
 from mergekit_bayes.model.library import FAILURES, failure, quiet, seeded
 from mergekit_bayes.model.quantisation import keep_codes, quantisation_options

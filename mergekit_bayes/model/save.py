@@ -20,7 +20,7 @@ from mergekit_bayes.checkpoint.initial import FRESH_NAME
 from mergekit_bayes.checkpoint.sidecar_metadata import METADATA_KEY
 from mergekit_bayes.checkpoint.writer import ShardWriter, TensorEntry, index_json, index_name, layout_shards
 from mergekit_bayes.errors import OutputError
-from mergekit_bayes.model.base import BaseIdentity
+from mergekit_bayes.model.base_identity import BaseIdentity
 from mergekit_bayes.model.lora import ADAPTER_NAME
 from mergekit_bayes.model.names import adapter_tensors, checkpoint_tensors, unwrapped
 

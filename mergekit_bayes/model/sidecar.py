@@ -15,7 +15,7 @@ from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.index import open_checkpoint
 from mergekit_bayes.checkpoint.shards import raise_together
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata, check_sidecar, open_sidecar, write_sidecar
-from mergekit_bayes.model.base import BaseIdentity
+from mergekit_bayes.model.base_identity import BaseIdentity
 
 
 class Exported(Protocol):
