@@ -1,4 +1,4 @@
-"""The training loop shared by the base and the adapters."""
+"""The training loop of the base."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ class Schedule:
     window: int = 256
     warmup: int = 50
     seed: int = 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens predicted over all steps; the first of a window is never predicted."""
-        return self.steps * self.batch * (self.window - 1)
 
     def rate(self, step: int) -> float:
         """Learning rate of one step."""
