@@ -7,8 +7,9 @@ in the entry-point group `mergekit_bayes.merge_methods`):
     2212.04089") def task_arithmetic(base, sources, weights, *, floor=None): ...
 
 The function turns posteriors into a posterior and knows no recipe, file, name or device. What the planner
-must know before any tensor is read - which inputs the method needs, which parameters a recipe may set, how
-recipe weights become effective weights - stands in the decorator. This module imports no torch.
+must know before any tensor is read - which inputs the method needs, whether it sees blocks or whole tensors,
+which families of posteriors it can use, which parameters a recipe may set, how recipe weights become effective
+weights - stands in the decorator. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -20,49 +21,70 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from mergekit_bayes.errors import MethodError, UnknownMethodError
 from mergekit_bayes.merge.parameter import Parameter, resolve_parameters
 
 if TYPE_CHECKING:
-    import torch
-
     from mergekit_bayes.posterior import Posterior
 
-__all__ = ["MergeKernel", "MergeMethod", "Parameter", "get_method", "merge_method", "method_names", "methods"]
+__all__ = [
+    "Merge",
+    "MergeKernel",
+    "MergeMethod",
+    "Parameter",
+    "get_method",
+    "merge_method",
+    "method_names",
+    "methods",
+    "methods_for_family",
+]
 
 BaseUse = Literal["required", "unused"]
 PrecisionUse = Literal["required", "unused", "optional"]
 PriorUse = Literal["required", "unused"]
+Scope = Literal["element", "tensor"]
 WeightRule = Callable[[tuple[float, ...], Mapping[str, object]], tuple[float, ...]]
+
+ELEMENTWISE = ("isotropic", "diagonal")
+"""The families of posteriors whose precision acts entry by entry."""
 
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
-class MergeKernel(Protocol):
-    """The function behind a merge method: posteriors of one tensor, or of a block of it, in; their merge out.
+class Merge(NamedTuple):
+    """What a method that sees whole tensors returns: the merge, and what it measured on the way.
 
-    A kernel is elementwise (the merge of a block is the block of the merge), computes in the dtype of its
-    inputs, does not change them, and uses tensor arithmetic only, so that it can be compiled.
+    Attributes:
+        posterior: the merged posterior.
+        measures: numbers for the report under the tensor's name, such as the iterations of a solver; a mapping where
+            there is one number per source position.
     """
 
-    __name__: str
-    __doc__: str | None
+    posterior: Posterior
+    measures: Mapping[str, float | Mapping[str, float]] = MappingProxyType({})
 
-    def __call__(
-        self,
-        base: Posterior,
-        sources: Sequence[Posterior],
-        weights: torch.Tensor,
-        *,
-        floor: float | None = None,
-    ) -> Posterior:
-        """Merge `sources` with `weights`, shape (sources,), around `base`; see the method's own docstring."""
-        ...
+    @classmethod
+    def of(cls, result: Posterior | Merge) -> Merge:
+        """What any kernel returned, in this form."""
+        return result if isinstance(result, Merge) else cls(result)
 
 
-Kernel = TypeVar("Kernel", bound=MergeKernel)
+MergeKernel = Callable[..., Any]
+"""The function behind a merge method: `(base, sources, weights, *, floor=None, **options)`.
+
+Posteriors of one tensor in, their merge out; `weights` has shape (sources,), and the options are the declared
+parameters that the function names. It computes in the dtype of its inputs and does not change them.
+
+With scope "element" it may be given any block of a tensor (the merge of a block is the block of the merge), returns a
+`Posterior`, and uses tensor arithmetic only, so that it can be compiled; posteriors that do not act entry by entry
+reach it whole, where its families allow them. With scope "tensor" it is always given whole tensors in their own shape,
+which may be of any number of dimensions, and returns a `Merge`.
+"""
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,9 @@ class MergeMethod:
         parameters: what a recipe's `parameters` may set, besides `weight`.
         weight_rule: turns checked recipe weights and resolved parameters into effective weights; None keeps
             them.
+        scope: "element" if the kernel merges any block of a tensor, "tensor" if it has to see all of it.
+        families: the families of posteriors that it can take as sources.
+        options: names of the parameters that are handed to the kernel.
     """
 
     name: str
@@ -95,6 +120,21 @@ class MergeMethod:
     aliases: tuple[str, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     weight_rule: WeightRule | None = field(default=None, repr=False)
+    scope: Scope = "element"
+    families: tuple[str, ...] = ELEMENTWISE
+    options: tuple[str, ...] = ()
+
+    def kernel_options(self, parameters: Mapping[str, object]) -> dict[str, object]:
+        """The keyword arguments of the kernel, from checked or unchecked recipe parameters.
+
+        Args:
+            parameters: values by name, without `weight`; names may be missing.
+
+        Raises:
+            MethodError: as `resolve_parameters`.
+        """
+        resolved = self.resolve_parameters(parameters)
+        return {name: resolved[name] for name in self.options}
 
     def resolve_parameters(self, parameters: Mapping[str, object]) -> dict[str, object]:
         """Check recipe parameters against the declaration and fill in the defaults.
@@ -147,6 +187,8 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
     aliases: tuple[str, ...] = (),
     parameters: tuple[Parameter, ...] = (),
     weights: WeightRule | None = None,
+    scope: Scope = "element",
+    families: tuple[str, ...] = ELEMENTWISE,
 ) -> Callable[[Kernel], Kernel]:
     """Register the decorated function as the merge method `name`; the function itself is returned unchanged.
 
@@ -159,6 +201,8 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
         aliases: other names for the same method.
         parameters: what a recipe's `parameters` may set, besides `weight`.
         weights: pure function from recipe weights and resolved parameters to effective weights.
+        scope: "element" for kernels that merge any block of a tensor, "tensor" for those that see all of it.
+        families: the families of posteriors that the kernel can take as sources.
 
     Raises:
         MethodError: a name that is taken or malformed, a kernel without docstring or with another signature.
@@ -168,7 +212,7 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
         for taken in (name, *aliases):
             if not NAME.fullmatch(taken):
                 raise MethodError(f"merge method name {taken!r}: use lower-case letters, digits and underscores")
-        _check_kernel(name, kernel)
+        options = _check_kernel(name, kernel, parameters)
         summary = inspect.getdoc(kernel).splitlines()[0]  # type: ignore[union-attr]  # checked just above
         _add(
             MergeMethod(
@@ -182,6 +226,9 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
                 summary=summary,
                 parameters=parameters,
                 weight_rule=weights,
+                scope=scope,
+                families=families,
+                options=options,
             )
         )
         return kernel
@@ -222,6 +269,15 @@ def methods() -> tuple[MergeMethod, ...]:
     return tuple(_methods[name] for name in sorted(_methods))
 
 
+def methods_for_family(family: str) -> tuple[str, ...]:
+    """Names of the methods that use posteriors of a family, sorted; those that look at means alone are not among them.
+
+    Args:
+        family: such as `kronecker`.
+    """
+    return tuple(each.name for each in methods() if each.precision != "unused" and family in each.families)
+
+
 def _discover() -> None:
     """Import the package of methods, whose files register themselves; only the first call does anything."""
     importlib.import_module("mergekit_bayes.merge.methods")
@@ -236,18 +292,23 @@ def _add(method: MergeMethod) -> None:
     _methods[method.name] = method
 
 
-def _check_kernel(name: str, kernel: MergeKernel) -> None:
+def _check_kernel(name: str, kernel: MergeKernel, parameters: Sequence[Parameter]) -> tuple[str, ...]:
+    """The names of the declared parameters that the kernel takes, once its signature is known to be one."""
     if not inspect.getdoc(kernel):
         raise MethodError(f"merge method `{name}`: {_place(kernel)} needs a docstring with its equation and paper")
     seen = [(parameter.name, parameter.kind) for parameter in inspect.signature(kernel).parameters.values()]
     positional, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     wanted = [("base", positional), ("sources", positional), ("weights", positional), ("floor", keyword)]
-    if seen != wanted:
+    options = tuple(option for option, _ in seen[len(wanted) :])
+    declared = {parameter.name for parameter in parameters}
+    legal = all(kind == keyword and option in declared for option, kind in seen[len(wanted) :])
+    if seen[: len(wanted)] != wanted or not legal:
         raise MethodError(
             f"merge method `{name}`: {_place(kernel)} has the signature {inspect.signature(kernel)}; "
-            "a kernel takes (base, sources, weights, *, floor=None)"
+            "a kernel takes (base, sources, weights, *, floor=None), and its declared parameters by keyword"
         )
+    return options
 
 
 def _place(kernel: MergeKernel) -> str:
-    return f"{kernel.__module__}.{kernel.__name__}"
+    return f"{kernel.__module__}.{getattr(kernel, '__name__', kernel)}"

@@ -13,7 +13,7 @@ import pytest
 
 from mergekit_bayes.merge import registry
 from mergekit_bayes.merge.registry import MergeMethod, get_method, methods
-from tests.contract.laws import LAWS, Law, agrees_with
+from tests.contract.laws import BAYESIAN_LAWS, ELEMENT_LAWS, LAWS, Law, agrees_with
 
 DOCUMENT = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
@@ -42,7 +42,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MergeMet
         yield get_method("magmax"), _module("tests/oracles/magmax.py", folder)
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("law", [*LAWS, *BAYESIAN_LAWS, *ELEMENT_LAWS], ids=lambda law: law.__name__)
 def test_the_example_keeps_every_law(example: tuple[MergeMethod, ModuleType], law: Law) -> None:
     law(example[0])
 

@@ -16,7 +16,16 @@ import pytest
 from mergekit_bayes.errors import MethodError, UnknownMethodError
 from mergekit_bayes.merge import methods as methods_package
 from mergekit_bayes.merge import registry
-from mergekit_bayes.merge.registry import MergeMethod, get_method, merge_method, method_names, methods
+from mergekit_bayes.merge.registry import (
+    Merge,
+    MergeMethod,
+    Parameter,
+    get_method,
+    merge_method,
+    method_names,
+    methods,
+    methods_for_family,
+)
 from mergekit_bayes.posterior import Posterior
 
 NAMES = ("gradient_matching", "hessian_weighted", "linear", "posterior", "task_arithmetic")
@@ -189,3 +198,40 @@ def test_a_package_that_takes_a_name_is_told_which(monkeypatch: pytest.MonkeyPat
     _entry_points(monkeypatch, rival=lambda: _register("linear"))
     with pytest.raises(MethodError, match="`linear` is registered twice"):
         methods_package._import_entry_points()
+
+
+def _tensor_kernel(
+    base: Posterior, sources: Sequence[Posterior], weights: Any, *, floor: float | None = None, rank: int = 3
+) -> Merge:
+    """Return the base, whole.
+
+    Not much of a merge.
+    """
+    return Merge(base, {"rank": rank})
+
+
+def test_a_kernel_gets_the_declared_parameters_that_it_names() -> None:
+    parameters = (Parameter("rank", int, 4, help="kept"), Parameter("normalize", bool, True, help="weights"))
+    merge_method(
+        "whole",
+        base="required",
+        precision="required",
+        prior="unused",
+        paper="arXiv 0000.00000",
+        parameters=parameters,
+        scope="tensor",
+        families=("diagonal", "kronecker"),
+    )(_tensor_kernel)
+    method = get_method("whole")
+    assert (method.scope, method.families, method.options) == ("tensor", ("diagonal", "kronecker"), ("rank",))
+    assert method.kernel_options({"normalize": False}) == {"rank": 4}
+    assert method.kernel_options({"rank": 2}) == {"rank": 2}
+    assert "whole" in methods_for_family("kronecker")
+    assert "linear" not in methods_for_family("diagonal"), "it looks at means alone"
+
+
+def test_a_kernel_may_not_take_what_is_not_declared() -> None:
+    with pytest.raises(MethodError, match=r"`undeclared`.*has the signature .*rank.*declared parameters by keyword"):
+        merge_method("undeclared", base="required", precision="unused", prior="unused", paper="arXiv 0000.00000")(
+            _tensor_kernel
+        )
