@@ -1,4 +1,7 @@
 """Where precisions come from.
 
-fisher    the diagonal Fisher information, from per-example gradients and labels drawn from the model
+registry      the estimators by name and what each needs
+targets       what is estimated: parameters, or linear layers
+estimator     what every estimator offers
+fisher        the diagonal Fisher information, from per-example gradients and labels drawn from the model
 """
