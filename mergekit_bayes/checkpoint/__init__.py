@@ -7,7 +7,8 @@
     index        a model folder
     reference    `model@revision+adapter` and where it lies
     adapter      a PEFT LoRA adapter folder; adapter_config what is plain LoRA; orientation how weights are stored
-    sidecar      the precisions beside a checkpoint, and in sidecar_metadata what they mean
+    sidecar      the precisions beside a checkpoint, and in sidecar_metadata what they mean, in
+                 kronecker_tensors how factors are stored
     initial      where modules that a base has not started from
     provenance   what a file of weights says about its base, its labels and its model's class
     fingerprint  which weights these are, without reading all of them

@@ -1,15 +1,16 @@
 """The precision sidecar: the file of precisions beside a checkpoint, and the words that say what they mean.
 
-A sidecar has the tensor names and shapes of the file it describes. Its metadata is one JSON string under
-one key of the safetensors header: the reference writer orders several keys at random, one key has one
-order.
+A sidecar has the tensor names and shapes of the file it describes, or in product space of the updates that an adapter
+makes to the weights of its base; the family `kronecker` adds factors (see `kronecker_tensors`). Its metadata is one
+JSON string under one key of the safetensors header: the reference writer orders several keys at random, one key has
+one order.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,14 @@ from mergekit_bayes.checkpoint.disk import disk_errors, sync_folder
 from mergekit_bayes.checkpoint.dtypes import dtype_of
 from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.checkpoint.header import Header, TensorInfo, read_header
+from mergekit_bayes.checkpoint.kronecker_tensors import (
+    EIGENVALUES,
+    INPUT_FACTOR,
+    check_factor,
+    layout_faults,
+    shape_faults,
+    split_name,
+)
 from mergekit_bayes.checkpoint.shards import check_folder, open_shards, raise_together
 from mergekit_bayes.checkpoint.sidecar_metadata import METADATA_KEY, SidecarMetadata
 from mergekit_bayes.checkpoint.writer import ShardWriter, TensorEntry, index_name, layout_shards
@@ -32,6 +41,8 @@ from mergekit_bayes.errors import (
 
 if TYPE_CHECKING:
     import torch
+
+    from mergekit_bayes.checkpoint.adapter import Adapter
 
 __all__ = [
     "Sidecar",
@@ -55,7 +66,7 @@ class Sidecar:
 
     Attributes:
         path: the file, or the index of its shards.
-        tensors: every precision, sorted by the name of the tensor it describes.
+        tensors: every precision, sorted by the name of the tensor it describes, and every factor.
         metadata: what the numbers mean.
     """
 
@@ -88,8 +99,8 @@ def open_sidecar(path: Path) -> Sidecar:
         path: a sidecar file, the index of a sharded one, or a folder that holds either.
 
     Raises:
-        CheckpointError: it cannot be read or trusted, its metadata is missing or invalid, or a tensor has a
-            type that no precision has.
+        CheckpointError: it cannot be read or trusted, its metadata is missing or invalid, a tensor has a
+            type that no precision has, or factors do not belong together.
         PlanError: several such reasons.
     """
     if path.is_dir():
@@ -100,7 +111,10 @@ def open_sidecar(path: Path) -> Sidecar:
     headers = _read(path)
     metadata = _metadata(headers)
     tensors = {name: info for header in headers for name, info in header.tensors.items()}
-    raise_together([fault for info in tensors.values() if (fault := _dtype_fault(info)) is not None])
+    faults = [fault for info in tensors.values() if (fault := _dtype_fault(info)) is not None]
+    if metadata.family == "kronecker":
+        faults += [CheckpointError(f"{shown(path)}: {fault}") for fault in layout_faults(tensors)]
+    raise_together(faults)
     return Sidecar(path, MappingProxyType(dict(sorted(tensors.items()))), metadata)
 
 
@@ -110,6 +124,7 @@ def check_sidecar(
     mean_tensors: Mapping[str, TensorInfo],
     mean_fingerprint: str,
     base_fingerprint: str | None,
+    adapter: Adapter | None = None,
 ) -> list[SidecarMismatchError]:
     """Compares a sidecar with the checkpoint or adapter it should describe, and with its base.
 
@@ -118,17 +133,23 @@ def check_sidecar(
         mean_tensors: the tensors of the checkpoint or adapter.
         mean_fingerprint: fingerprint of `mean_tensors`.
         base_fingerprint: fingerprint of the base in use; None if there is none to compare with.
+        adapter: the adapter, if the mean is one; precisions in product space describe its updates.
 
     Returns:
         Every disagreement, each with both values; empty if the sidecar belongs. A sidecar with a scalar prior, or from
         a merge, may leave tensors out: there the posterior is the prior.
     """
-    problems = _name_faults(sidecar, mean_tensors)
-    for name in sorted(sidecar.tensors.keys() & mean_tensors.keys()):
-        shape, mean_shape = sidecar.tensors[name].shape, mean_tensors[name].shape
-        if shape != mean_shape:
-            seen = f"{shown(sidecar.path)}: precision of {shown(name)} has shape {shape}"
-            problems.append(SidecarMismatchError(f"{seen}; expected {mean_shape}, as in the checkpoint"))
+    product = sidecar.metadata.space == "product"
+    if product and adapter is None:
+        seen = f"{shown(sidecar.path)}: describes the updates of an adapter (space product)"
+        return [SidecarMismatchError(f"{seen}; expected the adapter it belongs to, not a full model")]
+    shapes = {name: info.shape for name, info in mean_tensors.items()}
+    needed = {name for name, info in mean_tensors.items() if info.floating}
+    if product and adapter is not None:
+        shapes = _updated(adapter)
+        needed = set(shapes)
+    faults = [*_name_faults(sidecar, shapes, needed), *_shape_faults(sidecar, shapes, oriented=product)]
+    problems = [SidecarMismatchError(f"{shown(sidecar.path)}: {fault}") for fault in faults]
     described = sidecar.metadata.mean_fingerprint
     if described != mean_fingerprint:
         seen = f"{shown(sidecar.path)}: describes weights with fingerprint {described}"
@@ -161,8 +182,8 @@ def write_sidecar(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Sid
     Args:
         path: an existing folder, which gets `precision.safetensors`, or the file itself; a file there is
             replaced.
-        tensors: precisions by the name of the tensor they describe: float32, bfloat16 or float64, finite, >
-            0.
+        tensors: precisions by the name of the tensor they describe: float32, bfloat16 or float64, finite, > 0; in the
+            family `kronecker` also factors, symmetric, with no negative entry on their diagonal.
         metadata: what they mean.
 
     Returns:
@@ -170,7 +191,8 @@ def write_sidecar(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Sid
 
     Raises:
         NonFiniteError: a precision is NaN or infinite.
-        NonPositivePrecisionError: a precision is zero or negative.
+        NonPositivePrecisionError: a precision is zero or negative, or a factor cannot be positive semidefinite.
+        NumericalError: a factor is not symmetric.
         CheckpointError: a tensor has another type.
         OutputError: the file cannot be written, or the folder already has a sharded sidecar.
     """
@@ -178,8 +200,7 @@ def write_sidecar(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Sid
     index = target.with_name(index_name(target.name.removesuffix(".safetensors")))
     if index.exists():
         raise OutputError(f"{shown(index)}: exists; a single file beside it would contradict it; remove it first")
-    for name, tensor in tensors.items():
-        _check_values(name, tensor)
+    check_values(tensors, metadata)
     entries = [TensorEntry(name, dtype_of(tensor), tuple(tensor.shape)) for name, tensor in sorted(tensors.items())]
     (layout,) = layout_shards(entries, stem=_STEM, max_shard_bytes=1 << 62, metadata=metadata.to_metadata())
     fresh = target.with_name(f".{target.name[:64]}.{os.getpid()}.new")
@@ -221,25 +242,57 @@ def _dtype_fault(info: TensorInfo) -> CheckpointError | None:
     return CheckpointError(f"{seen}; expected one of {', '.join(_DTYPES)} for a precision")
 
 
-def _name_faults(sidecar: Sidecar, mean_tensors: Mapping[str, TensorInfo]) -> list[SidecarMismatchError]:
-    needed = {name for name, info in mean_tensors.items() if info.floating}
-    missing = sorted(needed - sidecar.tensors.keys())
-    unknown = sorted(sidecar.tensors.keys() - mean_tensors.keys())
-    faults = []
+def _updated(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """What product space describes: updates as (out, in) by the name of the base's weight, and tensors stored whole."""
+    updates = {adapter.base_tensor(name): (m.b.shape[0], m.a.shape[1]) for name, m in adapter.modules.items()}
+    return {**updates, **{name: info.shape for name, info in adapter.saved.items()}}
+
+
+def _name_faults(sidecar: Sidecar, shapes: Mapping[str, tuple[int, ...]], needed: Collection[str]) -> Iterator[str]:
+    factored = sidecar.metadata.family == "kronecker"
+    held = {split_name(name)[0] if factored and name not in shapes else name for name in sidecar.tensors}
+    missing = sorted(set(needed) - held)
+    unknown = sorted(held - shapes.keys())
+    product = sidecar.metadata.space == "product"
+    one, of = ("update", "adapter") if product else ("tensor", "checkpoint")
     complete = sidecar.metadata.prior_precision is None and sidecar.metadata.estimator != "merged"
     if missing and complete:
-        faults.append(
-            f"holds no precision for {listed(missing)}; expected one for every tensor of the checkpoint, or a "
+        yield (
+            f"holds no precision for {listed(missing)}; expected one for every {one} of the {of}, or a "
             "prior_precision that stands in for the others"
         )
     if unknown:
-        faults.append(f"holds precisions for {listed(unknown)}; expected only tensors of the checkpoint")
-    return [SidecarMismatchError(f"{shown(sidecar.path)}: {fault}") for fault in faults]
+        yield f"holds precisions for {listed(unknown)}; expected only {one}s of the {of}"
 
 
-def _check_values(name: str, tensor: torch.Tensor) -> None:
+def _shape_faults(sidecar: Sidecar, shapes: Mapping[str, tuple[int, ...]], *, oriented: bool) -> Iterator[str]:
+    whole = "updates of the adapter" if oriented else "checkpoint"
+    for name in sorted(sidecar.tensors.keys() & shapes.keys()):
+        if sidecar.tensors[name].shape != shapes[name]:
+            seen = f"precision of {shown(name)} has shape {sidecar.tensors[name].shape}"
+            yield f"{seen}; expected {shapes[name]}, as in the {whole}"
+    if sidecar.metadata.family == "kronecker":
+        yield from shape_faults(sidecar.tensors, shapes, oriented=oriented)
+
+
+def check_values(tensors: Mapping[str, torch.Tensor], metadata: SidecarMetadata) -> None:
+    """Refuses numbers that no sidecar holds; the errors are those of `write_sidecar`."""
+    for name, tensor in tensors.items():
+        weight, part = split_name(name)
+        if metadata.family == "kronecker" and part is not None and f"{weight}.{INPUT_FACTOR}" in tensors:
+            _check_dtype(name, tensor)
+            check_factor(name, part, tensor, basis=f"{weight}.{EIGENVALUES}" in tensors)
+        else:
+            _check_diagonal(name, tensor)
+
+
+def _check_dtype(name: str, tensor: torch.Tensor) -> None:
     if dtype_of(tensor) not in _DTYPES:
         raise CheckpointError(f"precision of {shown(name)}: dtype {tensor.dtype}; expected float32 or bfloat16")
+
+
+def _check_diagonal(name: str, tensor: torch.Tensor) -> None:
+    _check_dtype(name, tensor)
     bad = int((~tensor.isfinite()).sum())
     if bad:
         raise NonFiniteError(f"precision of {shown(name)}: {bad} of {tensor.numel()} entries are not finite")

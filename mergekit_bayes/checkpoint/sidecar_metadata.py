@@ -18,7 +18,9 @@ METADATA_KEY = "mergekit_bayes"
 FORMAT = "mergekit_bayes.precision"
 VERSION = 1
 FAMILIES = ("isotropic", "diagonal", "kronecker", "mixture")
-SUPPORTED_FAMILIES = ("diagonal",)
+SUPPORTED_FAMILIES = ("diagonal", "kronecker")
+
+SPACES = ("factor", "product", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +32,12 @@ class SidecarMetadata:
     precision over N / ess.
 
     Attributes:
-        family: shape of the posterior; sidecars of this version are `diagonal`.
+        family: shape of the posterior: `diagonal`, or `kronecker`, which has factors for linear layers and diagonals
+            for the rest.
         estimator: what estimated the precision, such as `ivon` or `fisher`; `merged` for the result of a
             merge.
-        space: `factor` if the tensors described are adapter factors, `full` if they are weights.
+        space: `factor` if the tensors described are adapter factors, `full` if they are weights, `product` if they
+            are the updates dW of an adapter, as (out, in), by the names of the base's weights.
         mean_fingerprint: fingerprint of the checkpoint or adapter described.
         loss_unit: what N counts, `token` or `example`; None if sources of a merge counted differently.
         num_examples: N, the number of training units the loss is summed over.
@@ -151,9 +155,9 @@ _NUMBER_TEXT, _FINGERPRINT_TEXT = "a finite number >= 0 or null", "blake2b-16: a
 _RULES: Mapping[str, tuple[Check, str]] = {
     "format": (_one_of(FORMAT), FORMAT),
     "version": (lambda value: type(value) is int and value == VERSION, str(VERSION)),
-    "family": (_one_of(*SUPPORTED_FAMILIES), "diagonal (the only family this version reads)"),
+    "family": (_one_of(*SUPPORTED_FAMILIES), "diagonal or kronecker (the families this version reads)"),
     "estimator": (_matching(r"[a-z][a-z0-9_]{0,63}"), "a name of lower-case letters, digits and _"),
-    "space": (_one_of("factor", "full"), "factor or full"),
+    "space": (_one_of(*SPACES), "factor, product or full"),
     "mean_fingerprint": (_FINGERPRINT, _FINGERPRINT_TEXT),
     "loss_unit": (_optional(_one_of("token", "example")), "token, example or null"),
     "num_examples": (_optional(_whole(1)), "a whole number >= 1 or null"),
@@ -174,11 +178,14 @@ _RULES: Mapping[str, tuple[Check, str]] = {
 
 
 def _faults(values: Mapping[str, object]) -> list[str]:
-    return [
+    faults = [
         f"{key} is {brief(value)}, expected {_RULES[key][1]}"
         for key, value in sorted(values.items())
         if not _RULES[key][0](value)
     ]
+    if values["family"] == "kronecker" and values["space"] == "factor":
+        faults.append("space is factor, expected product or full for the family kronecker")
+    return faults
 
 
 def _key_faults(values: Mapping[str, object]) -> list[str]:

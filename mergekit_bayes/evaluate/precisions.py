@@ -61,7 +61,7 @@ def gather_precisions(source: PrecisionSource) -> Precisions:
     Raises:
         CheckpointError: the sidecar cannot be read or trusted, or does not describe the weights beside it.
         PlanError: several such reasons.
-        EvaluateError: a value is no precision.
+        EvaluateError: a value is no precision, or the sidecar has factors or describes products of parameters.
     """
     if not isinstance(source, Mapping):
         return _from_disk(Path(source))
@@ -97,11 +97,19 @@ def _read(sidecar: Sidecar) -> dict[str, Tensor]:
 
 def _from_disk(path: Path) -> Precisions:
     sidecar = open_sidecar(path)
+    _check_sampled(sidecar)
     described = _means_beside(sidecar.path.parent)
     if described:
         print_ = fingerprint(described)
         raise_together(check_sidecar(sidecar, mean_tensors=described, mean_fingerprint=print_, base_fingerprint=None))
     return Precisions(shown(sidecar.path), _read(sidecar), sidecar, described)
+
+
+def _check_sampled(sidecar: Sidecar) -> None:
+    metadata = sidecar.metadata
+    if metadata.family != "diagonal" or metadata.space == "product":
+        seen = f"{shown(sidecar.path)}: family {metadata.family}, space {metadata.space}"
+        raise EvaluateError(f"{seen}; expected a diagonal precision of the parameters themselves, to sample them")
 
 
 def _means_beside(folder: Path) -> Mapping[str, TensorInfo]:

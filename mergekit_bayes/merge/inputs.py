@@ -135,6 +135,7 @@ def belongs(source: Input, base: Input | None) -> list[MergekitBayesError]:
         mean_tensors=source.mean_tensors,
         mean_fingerprint=source.fingerprint,
         base_fingerprint=_base_fingerprint(source, base),
+        adapter=source.adapter,
     )
     return [*found, *_other_scaling(source)]
 

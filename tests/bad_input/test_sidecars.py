@@ -89,8 +89,8 @@ CASES: Mapping[str, tuple[Callable[[Site], object], tuple[str, ...]]] = {
     ),
     "a missing key": (lambda site: edit_metadata(site, family=...), ("family is missing",)),
     "a family of later": (
-        lambda site: edit_metadata(site, family="kronecker"),
-        ("family is 'kronecker', expected diagonal",),
+        lambda site: edit_metadata(site, family="mixture"),
+        ("family is 'mixture', expected diagonal or kronecker",),
     ),
     "no number": (
         lambda site: edit_metadata(site, prior_precision="much"),
