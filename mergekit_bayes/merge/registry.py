@@ -107,7 +107,7 @@ class MergeMethod:
             them.
         scope: "element" if the kernel merges any block of a tensor, "tensor" if it has to see all of it.
         families: the families of posteriors that it can take as sources.
-        options: names of the parameters that are handed to the kernel.
+        options: keywords of the kernel, the names of the parameters that are handed to it.
     """
 
     name: str
@@ -124,17 +124,36 @@ class MergeMethod:
     families: tuple[str, ...] = ELEMENTWISE
     options: tuple[str, ...] = ()
 
-    def kernel_options(self, parameters: Mapping[str, object]) -> dict[str, object]:
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether precisions alone decide, so that a source without any for a tensor has no say in it."""
+        return self.precision != "unused" and self.prior == "unused"
+
+    def kernel_options(
+        self, parameters: Mapping[str, object], of_sources: Sequence[Mapping[str, object]] = ()
+    ) -> dict[str, object]:
         """The keyword arguments of the kernel, from checked or unchecked recipe parameters.
 
         Args:
             parameters: values by name, without `weight`; names may be missing.
+            of_sources: for each source that the kernel is given, in order, the values it has of its own; without any,
+                all sources have the shared ones.
+
+        Returns:
+            One value per option; a tuple with one value per source where the parameter is declared `per_source` and
+            `of_sources` is given. A parameter whose name is a word of Python, such as `lambda`, arrives with an
+            underscore behind it.
 
         Raises:
             MethodError: as `resolve_parameters`.
         """
-        resolved = self.resolve_parameters(parameters)
-        return {name: resolved[name] for name in self.options}
+        shared = self.resolve_parameters(parameters)
+        own = [self.resolve_parameters({**parameters, **each}) for each in of_sources]
+        varying = {parameter.name for parameter in self.parameters if parameter.per_source and own}
+        return {
+            option: tuple(each[name] for each in own) if name in varying else shared[name]
+            for option, name in ((option, option.rstrip("_")) for option in self.options)
+        }
 
     def resolve_parameters(self, parameters: Mapping[str, object]) -> dict[str, object]:
         """Check recipe parameters against the declaration and fill in the defaults.
@@ -301,7 +320,7 @@ def _check_kernel(name: str, kernel: MergeKernel, parameters: Sequence[Parameter
     wanted = [("base", positional), ("sources", positional), ("weights", positional), ("floor", keyword)]
     options = tuple(option for option, _ in seen[len(wanted) :])
     declared = {parameter.name for parameter in parameters}
-    legal = all(kind == keyword and option in declared for option, kind in seen[len(wanted) :])
+    legal = all(kind == keyword and option.rstrip("_") in declared for option, kind in seen[len(wanted) :])
     if seen[: len(wanted)] != wanted or not legal:
         raise MethodError(
             f"merge method `{name}`: {_place(kernel)} has the signature {inspect.signature(kernel)}; "

@@ -24,7 +24,7 @@ TOP_LEVEL_KEYS = {
 METHODS = frozenset({
     "arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear",
     "karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce",
-    "slerp", "ties",
+    "slerp",
 })
 # fmt: on
 """mergekit's merge methods that are not implemented here."""

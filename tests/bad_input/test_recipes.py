@@ -58,8 +58,8 @@ CONTENTS: Mapping[str, tuple[Callable[[Site], object], tuple[str, ...]]] = {
         ("merge_method", "gradient_matching"),
     ),
     "mergekit's method": (
-        lambda site: site.recipe.update(merge_method="ties"),
-        ("`ties` is a method of mergekit that is not implemented here",),
+        lambda site: site.recipe.update(merge_method="dare_ties"),
+        ("`dare_ties` is a method of mergekit that is not implemented here",),
     ),
     "mergekit's key": (lambda site: site.recipe.update(tokenizer_source="union"), ("tokenizer_source", "mergekit")),
     "all weights zero": (weights(0, 0.0), ("models", "every weight is zero, so there is nothing to merge.")),

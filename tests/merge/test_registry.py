@@ -28,7 +28,16 @@ from mergekit_bayes.merge.registry import (
 )
 from mergekit_bayes.posterior import Posterior
 
-NAMES = ("gradient_matching", "hessian_weighted", "linear", "posterior", "task_arithmetic")
+NAMES = (
+    "gradient_matching",
+    "hessian_weighted",
+    "iso_c",
+    "linear",
+    "posterior",
+    "task_arithmetic",
+    "ties",
+    "tsv_m",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +84,7 @@ def test_a_declaration_arrives_as_it_was_made() -> None:
     assert (method.paper, method.aliases, method.parameters) == ("arXiv 0000.00000", ("remain",), ())
     assert method.summary == "Return the base."
     assert get_method("remain") is method
-    assert method_names() == (*NAMES[:4], "stay", "task_arithmetic"), "sorted, without aliases"
+    assert method_names() == tuple(sorted((*NAMES, "stay"))), "sorted, without aliases"
 
 
 def test_fisher_is_hessian_weighted() -> None:
@@ -91,11 +100,11 @@ def test_a_misspelt_name_gets_the_nearest(name: str, nearest: str) -> None:
 
 
 def test_a_name_like_no_other_gets_the_list() -> None:
-    with pytest.raises(UnknownMethodError, match=r"`xyzzy`; there are .*`task_arithmetic`\.$"):
+    with pytest.raises(UnknownMethodError, match=r"`xyzzy`; there are .*`task_arithmetic`, .*`\.$"):
         get_method("xyzzy")
 
 
-@pytest.mark.parametrize("name", ["ties", "dare_ties", "dare_linear", "slerp", "della", "model_stock", "passthrough"])
+@pytest.mark.parametrize("name", ["dare_ties", "dare_linear", "slerp", "della", "model_stock", "passthrough"])
 def test_other_methods_of_mergekit_are_known_and_refused(name: str) -> None:
     with pytest.raises(UnknownMethodError, match=f"`{name}` is mergekit's and not supported here"):
         get_method(name)
@@ -228,6 +237,18 @@ def test_a_kernel_gets_the_declared_parameters_that_it_names() -> None:
     assert method.kernel_options({"rank": 2}) == {"rank": 2}
     assert "whole" in methods_for_family("kronecker")
     assert "linear" not in methods_for_family("diagonal"), "it looks at means alone"
+
+
+def test_a_kernel_gets_what_sources_have_of_their_own_one_by_one() -> None:
+    ties = get_method("ties")
+    shared = {"density": 0.5, "lambda": 2, "int8_mask": True}
+    assert ties.options == ("density", "normalize", "lambda_", "rescale")
+    assert ties.kernel_options(shared) == {"density": 0.5, "normalize": True, "lambda_": 2.0, "rescale": False}
+    of_sources = [{}, {"density": 0.25}, {"density": 1}]
+    assert ties.kernel_options(shared, of_sources)["density"] == (0.5, 0.25, 1.0)
+    assert ties.kernel_options({}, of_sources)["density"] == (1.0, 0.25, 1.0)
+    with pytest.raises(MethodError, match=r"`density` is 1\.5; it must be at most 1\.0"):
+        ties.kernel_options(shared, [{}, {"density": 1.5}])
 
 
 def test_a_kernel_may_not_take_what_is_not_declared() -> None:

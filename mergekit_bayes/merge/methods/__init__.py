@@ -6,7 +6,13 @@
     gradient_matching   base plus precision-weighted task vectors
     posterior           the rule itself, for whatever precisions there are
 
-Each is the rule of `mergekit_bayes.posterior.rule` with special precisions; the tests hold them to that.
+Each of these is the rule of `mergekit_bayes.posterior.rule` with special precisions; the tests hold them to that.
+Others look at task vectors alone, for comparison:
+
+    ties                trimmed task vectors, averaged where their signs agree
+    tsv_m               the leading singular triples of every task, decorrelated
+    iso_c               the sum of task vectors with a flat spectrum
+
 Importing this package imports every file in it, in sorted order, and then what other packages offer in the
 entry-point group `mergekit_bayes.merge_methods`; there is no list to edit.
 """
