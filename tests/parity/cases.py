@@ -7,6 +7,7 @@ committed in `golden/`; `regenerate.py` makes them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,6 +158,46 @@ parameters: {density: 1.0, rescale: false, int8_mask: true}
 dtype: float32
 """
 
+TIES_THREE = """
+merge_method: ties
+base_model: base
+models:
+  - model: one
+    parameters: {weight: 0.5, density: 0.5}
+  - model: two
+    parameters: {weight: 0.3, density: 0.3}
+  - model: three
+    parameters: {weight: 1.0, density: 0.75}
+"""
+
+# a source without a density takes the recipe's; densities vary with layer and name
+TIES_GRADIENT = """
+merge_method: ties
+base_model: base
+models:
+  - model: one
+    parameters: {weight: [0.2, 1.0], density: [0.1, 0.9, 0.3]}
+  - model: two
+    parameters:
+      weight: 1.0
+      density:
+        - {filter: mlp, value: 0.25}
+        - {filter: norm, value: 1.0}
+  - model: three
+    parameters: {weight: 0.75}
+parameters: {density: [0.8, 0.4]}
+"""
+
+TIES_ADAPTER = """
+merge_method: ties
+base_model: base
+models:
+  - model: base+adapter
+    parameters: {weight: 0.8, density: 0.6}
+  - model: one
+    parameters: {weight: 0.4, density: 0.2}
+"""
+
 LINEAR_ADAPTER = """
 merge_method: linear
 models:
@@ -221,6 +262,24 @@ _GRAMMAR = (
     Case("task-arithmetic-adapter", TASK_ARITHMETIC_ADAPTER, dtype="float32"),
 )
 
+# elections and trims jump where rounding decides them, so both programs must round alike: everything in float32
+_TIES = (
+    Case("ties-three", TIES_THREE, dtype="float32"),
+    Case("ties-three-not-normalized", _options(TIES_THREE, parameters="{normalize: false}"), dtype="float32"),
+    Case(
+        "ties-three-lambda",
+        _options(TIES_THREE, parameters="{lambda: 0.4, int8_mask: true, rescale: true}"),
+        dtype="float32",
+    ),
+    Case("ties-negative", TIES_THREE.replace("0.3, density: 0.3", "-0.3, density: 0.9"), dtype="float32"),
+    Case("ties-nothing-kept", TIES_THREE.replace("density: 0.5", "density: 0.0"), dtype="float32"),
+    Case("ties-whole", re.sub(", density: [0-9.]+", "", TIES_THREE), dtype="float32"),
+    Case("ties-gradient", TIES_GRADIENT, _DEEP, dtype="float32"),
+    Case("ties-adapter", TIES_ADAPTER, dtype="float32"),
+    Case("ties-float32-to-bfloat16", _options(TIES_THREE, dtype="float32", out_dtype="bfloat16"), dtype="float32"),
+    Case("ties-on-gpt2", TIES_THREE, "gpt2", dtype="float32", max_shard_size="8KB"),
+)
+
 # mergekit does task arithmetic in the dtype of the inputs unless told otherwise
 _TASK_ARITHMETIC_FLOAT32 = _options(TASK_ARITHMETIC_TWO, dtype="float32", out_dtype="bfloat16")
 _ARCHITECTURES = (
@@ -239,8 +298,10 @@ _ARCHITECTURES = (
     ("mixtral_fused", "8KB", ()),
 )
 
-CASES: tuple[Case, ...] = _GRAMMAR + tuple(
+_ON_ARCHITECTURES = tuple(
     Case(f"{method}-on-{architecture}", recipe, architecture, max_shard_size=size, dropped=dropped)
     for architecture, size, dropped in _ARCHITECTURES
     for method, recipe in (("linear", LINEAR_TWO), ("task-arithmetic", _TASK_ARITHMETIC_FLOAT32))
 )
+
+CASES: tuple[Case, ...] = (*_GRAMMAR, *_TIES, *_ON_ARCHITECTURES)
