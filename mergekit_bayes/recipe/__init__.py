@@ -3,7 +3,8 @@
     load_recipe       a YAML file or a mapping -> the recipe of its kind, or one RecipeError with every problem in it
     MergeRecipe       the data of a merge; `setting` gives a parameter's value for one tensor
     FinetuneRecipe    the data of a fine-tuning run
-    Recipe            what both share: `where` and `describe` name a value's place, `resolved` writes it all out
+    PrecisionRecipe   the data of a precision pass
+    Recipe            what they share: `where` and `describe` name a value's place, `resolved` writes it all out
     unused_filters    filters that decide for no tensor, once the tensors' names are known
     layer_positions   where each tensor's layer stands between the first (0) and the last (1)
     dump_yaml         plain data -> YAML
@@ -31,6 +32,7 @@ from mergekit_bayes.recipe.load import AnyRecipe, load_recipe
 from mergekit_bayes.recipe.merge import MergeRecipe, OutputSpec, PrecisionSpec, SourceSpec
 from mergekit_bayes.recipe.method_schema import MethodSchema, ParameterSchema
 from mergekit_bayes.recipe.parameters import Parameters
+from mergekit_bayes.recipe.precision import EstimatorChoice, PrecisionOutputSpec, PrecisionRecipe, PriorSpec
 from mergekit_bayes.recipe.spec import Entries, Recipe
 from mergekit_bayes.recipe.value import layer_positions, unused_filters, value_at
 
@@ -42,6 +44,7 @@ __all__ = [
     "DatasetSpec",
     "Document",
     "Entries",
+    "EstimatorChoice",
     "FinetuneOutputSpec",
     "FinetuneRecipe",
     "IvonSpec",
@@ -51,7 +54,10 @@ __all__ = [
     "OutputSpec",
     "ParameterSchema",
     "Parameters",
+    "PrecisionOutputSpec",
+    "PrecisionRecipe",
     "PrecisionSpec",
+    "PriorSpec",
     "Recipe",
     "SourceSpec",
     "TrainingSpec",

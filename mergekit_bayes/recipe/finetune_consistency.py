@@ -36,9 +36,25 @@ class _Sections:
 
 
 def consistency_problems(data: _Mapping) -> list[Problem]:
-    """Everything that is wrong between values which may each be right."""
+    """Everything that is wrong between values of a fine-tuning recipe which may each be right."""
+    sections = _sections(data)
+    return [problem for check in _CHECKS for problem in check(sections)]
+
+
+def data_problems(data: _Mapping) -> list[Problem]:
+    """What is wrong between the values of the section `data`, in a recipe of any kind that has it."""
+    sections = _sections(data)
+    return [problem for check in _DATA_CHECKS for problem in check(sections)]
+
+
+def bit_problems(data: _Mapping) -> list[Problem]:
+    """What is wrong between the values of `model` that quantise it, in a recipe of any kind that has it."""
+    return list(_bits(_sections(data)))
+
+
+def _sections(data: _Mapping) -> _Sections:
     rows = _section(data.get("data"))
-    sections = _Sections(
+    return _Sections(
         model=_section(data.get("model"), model_mapping),
         adapter=_section(data.get("adapter"), adapter_mapping),
         full=data.get("adapter") is None,
@@ -49,19 +65,22 @@ def consistency_problems(data: _Mapping) -> list[Problem]:
         training=_section(data.get("training")),
         output=_section(data.get("output")),
     )
-    return [problem for check in _CHECKS for problem in check(sections)]
 
 
-def _quantisation(s: _Sections) -> Iterator[Problem]:
+def _bits(s: _Sections) -> Iterator[Problem]:
     four, eight = _on(s.model, "load_in_4bit"), _on(s.model, "load_in_8bit")
     if four and eight:
         yield Problem(("model", "load_in_8bit"), "8 bits beside `load_in_4bit: true`; keep one of them.")
-    if (four or eight) and s.full:
-        key = "load_in_4bit" if four else "load_in_8bit"
-        yield Problem(("model", key), "quantised weights cannot be trained; add an `adapter`, or load them whole.")
     for key in s.model:
         if str(key).startswith("bnb_4bit_") and not four:
             yield Problem(("model", key), "has no effect without `load_in_4bit: true`.", at_key=True)
+
+
+def _trained_codes(s: _Sections) -> Iterator[Problem]:
+    four, eight = _on(s.model, "load_in_4bit"), _on(s.model, "load_in_8bit")
+    if (four or eight) and s.full:
+        key = "load_in_4bit" if four else "load_in_8bit"
+        yield Problem(("model", key), "quantised weights cannot be trained; add an `adapter`, or load them whole.")
 
 
 def _float16(s: _Sections) -> Iterator[Problem]:
@@ -206,16 +225,21 @@ def _sidecar(s: _Sections) -> Iterator[Problem]:
         yield Problem(("output", "debias_precision"), message, at_key=True)
 
 
-_CHECKS: tuple[Callable[[_Sections], Iterator[Problem]], ...] = (
-    _quantisation,
-    _float16,
-    _layers,
-    _held_out,
+_DATA_CHECKS: tuple[Callable[[_Sections], Iterator[Problem]], ...] = (
     _mixture,
     _repeated,
     _formats,
     _of_the_task,
     _plain_text,
+)
+
+_CHECKS: tuple[Callable[[_Sections], Iterator[Problem]], ...] = (
+    _bits,
+    _trained_codes,
+    _float16,
+    _layers,
+    _held_out,
+    *_DATA_CHECKS,
     _ivon,
     _length,
     _schedule,

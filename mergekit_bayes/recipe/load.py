@@ -15,18 +15,20 @@ from mergekit_bayes.recipe.merge import MergeRecipe
 from mergekit_bayes.recipe.merge_check import check_merge
 from mergekit_bayes.recipe.method_schema import MethodSchema
 from mergekit_bayes.recipe.override import apply_overrides
+from mergekit_bayes.recipe.precision import PrecisionRecipe
+from mergekit_bayes.recipe.precision_check import check_precision
 from mergekit_bayes.recipe.problem import Problem, did_you_mean, one_of, show
 from mergekit_bayes.recipe.spec import Recipe
 
-AnyRecipe: TypeAlias = MergeRecipe | FinetuneRecipe
+AnyRecipe: TypeAlias = MergeRecipe | FinetuneRecipe | PrecisionRecipe
 R = TypeVar("R", bound=Recipe)
 
 _Check: TypeAlias = Callable[[Mapping[str, object], Sequence[MethodSchema]], tuple[AnyRecipe | None, list[Problem]]]
 
-KINDS: Mapping[str, _Check] = {"merge": check_merge, "finetune": check_finetune}
+KINDS: Mapping[str, _Check] = {"merge": check_merge, "finetune": check_finetune, "precision": check_precision}
 """What makes a checked recipe of each kind, or says all that is wrong with it. A new kind is one entry."""
 
-KINDS_ELSEWHERE = ("precision", "preview", "evaluate")
+KINDS_ELSEWHERE = ("preview", "evaluate")
 """Kinds of recipe that this version does not run."""
 
 
@@ -86,7 +88,7 @@ def _kind_problem(data: Mapping[str, object], expect: type[Recipe]) -> Problem |
     kind = data.get("kind", "merge")
     path = ("kind",)
     if "kind" not in data and (likely := _likely_kind(data)):
-        return Problem(path, f"missing; this looks like a recipe to fine-tune. Write `kind: {likely}`.")
+        return Problem(path, f"missing; this looks like a recipe {_PURPOSES[likely]}. Write `kind: {likely}`.")
     if isinstance(kind, str) and kind in KINDS:
         wanted = kind if expect is Recipe else expect.model_fields["kind"].default
         return None if kind == wanted else Problem(path, f"expected a recipe of kind `{wanted}`, found `{kind}`.")
@@ -96,7 +98,13 @@ def _kind_problem(data: Mapping[str, object], expect: type[Recipe]) -> Problem |
     return Problem(path, f"expected {one_of(KINDS)}, found {show(kind)}.{hint}")
 
 
+_PURPOSES = {"finetune": "to fine-tune", "precision": "to estimate precisions"}
+
+
 def _likely_kind(data: Mapping[str, object]) -> str | None:
-    """`finetune` for a recipe that has its sections and none of a merge's."""
-    merges = {"merge_method", "models", "slices", "modules"} & data.keys()
-    return "finetune" if not merges and {"data", "training", "adapter", "optimizer"} & data.keys() else None
+    """The kind of a recipe that has the sections of one and none of a merge's."""
+    if {"merge_method", "models", "slices", "modules"} & data.keys():
+        return None
+    if "estimator" in data:
+        return "precision"
+    return "finetune" if {"data", "training", "adapter", "optimizer"} & data.keys() else None
