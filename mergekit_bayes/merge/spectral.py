@@ -37,12 +37,23 @@ class Spectrum(NamedTuple):
         return Spectrum(self.u[:, :count], self.sigma[:count], self.v[:, :count])
 
 
-def spectrum(matrix: Tensor) -> Spectrum:
-    """Decompose a matrix; its rank is numerical, with numpy's bound max(shape) * eps * largest singular value."""
+def spectrum(matrix: Tensor, size: float | None = None) -> Spectrum:
+    """Decompose a matrix; its rank is numerical, with numpy's bound max(shape) * eps * size.
+
+    Args:
+        matrix: shape (rows, columns).
+        size: a singular value of that size is rounded at eps * size; by default the largest one. A difference of
+            matrices is rounded at the size of those.
+    """
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    bound = sigma[:1] * (max(matrix.shape) * torch.finfo(matrix.dtype).eps)
-    rank = int((sigma > bound).sum())
+    rounding = max(matrix.shape) * torch.finfo(matrix.dtype).eps
+    rank = int((sigma > rounding * (sigma[:1] if size is None else size)).sum())
     return Spectrum(u[:, :rank], sigma[:rank], vh[:rank].T)
+
+
+def largest(matrices: Sequence[Tensor]) -> float:
+    """The largest Frobenius norm among matrices: the size that sums and differences of them are rounded at."""
+    return max(float(torch.linalg.norm(matrix)) for matrix in matrices)
 
 
 def joined(parts: Sequence[Spectrum]) -> Spectrum:

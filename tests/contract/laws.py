@@ -233,6 +233,91 @@ def undeclared_inputs_are_not_looked_at(method: MergeMethod) -> None:
         assert not torch.allclose(merge(method, other_prior, sources, BEYOND_SIMPLEX).mean, wanted.mean)
 
 
+def vote(seed: int, shape: Sequence[int] = (9, 6)) -> tuple[Posterior, list[Tensor]]:
+    """A base, and three task vectors of matrices."""
+    base, sources = draw(seed, shape)
+    return base, [each.mean - base.mean for each in sources]
+
+
+def merged_task_vector(
+    method: MergeMethod, base: Posterior, task_vectors: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
+    sources = [base.with_mean(base.mean + each) for each in task_vectors]
+    return merge(method, base, sources, weights).mean - base.mean
+
+
+def assert_near(seen: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(seen, wanted, rtol=0, atol=1e-11)
+
+
+def whole_tensors_may_come_in_any_order(method: MergeMethod) -> None:
+    base, tasks = vote(20)
+    for weights in (SIMPLEX, BEYOND_SIMPLEX, REMOVAL):
+        wanted = merged_task_vector(method, base, tasks, weights)
+        for order in itertools.permutations(range(3)):
+            assert_near(
+                merged_task_vector(method, base, [tasks[i] for i in order], [weights[i] for i in order]), wanted
+            )
+
+
+def sources_that_say_nothing_are_not_heard(method: MergeMethod) -> None:
+    """A weight of zero takes a source out; sources equal to the base return it to the last bit."""
+    for shape in ((9, 6), (9,)):
+        base, tasks = vote(21, shape)
+        wanted = merged_task_vector(method, base, [tasks[0], tasks[2]], (0.6, 0.4))
+        assert_near(merged_task_vector(method, base, tasks, (0.6, 0.0, 0.4)), wanted)
+        assert torch.equal(merge(method, base, [base] * 3, BEYOND_SIMPLEX).mean, base.mean)
+
+
+def the_size_of_task_vectors_carries_over(method: MergeMethod) -> None:
+    base, tasks = vote(22)
+    wanted = merged_task_vector(method, base, tasks, BEYOND_SIMPLEX)
+    for size in (1e-3, -1.0, 64.0):
+        seen = merged_task_vector(method, base, [size * each for each in tasks], BEYOND_SIMPLEX)
+        assert_near(seen / size, wanted)
+
+
+def names_and_signs_of_neurons_carry_over(method: MergeMethod) -> None:
+    """Rows and columns in another order, and some of them negated, in all sources alike."""
+    base, tasks = vote(23)
+    generator = torch.Generator().manual_seed(24)
+    left, right = (_signed_permutation(size, generator) for size in base.mean.shape)
+    wanted = left @ merged_task_vector(method, base, tasks, BEYOND_SIMPLEX) @ right
+    assert_near(merged_task_vector(method, base, [left @ each @ right for each in tasks], BEYOND_SIMPLEX), wanted)
+
+
+def _signed_permutation(size: int, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+    return torch.diag(signs)[torch.randperm(size, generator=generator)]
+
+
+def bases_of_both_sides_carry_over(method: MergeMethod) -> None:
+    """Rotating all task vectors rotates the merge, from the left and, but for votes of entries, from the right."""
+    base, tasks = vote(25)
+    generator = torch.Generator().manual_seed(26)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q for size in base.mean.shape
+    )
+    if method.name in VOTES_IN_COLUMNS:
+        right = torch.eye(len(right), dtype=torch.float64)
+    wanted = left @ merged_task_vector(method, base, tasks, BEYOND_SIMPLEX) @ right
+    assert_near(merged_task_vector(method, base, [left @ each @ right for each in tasks], BEYOND_SIMPLEX), wanted)
+
+
+def ranks_do_not_grow(method: MergeMethod) -> None:
+    """Task vectors of low rank, as adapters have: the merge stays in the spaces that they span.
+
+    The singular vectors that a library gives for zero are anywhere else.
+    """
+    base, _ = vote(27, (12, 10))
+    generator = torch.Generator().manual_seed(28)
+    columns = [torch.randn(12, 2, generator=generator, dtype=torch.float64) for _ in range(3)]
+    tasks = [each @ torch.randn(2, 10, generator=generator, dtype=torch.float64) for each in columns]
+    merged = merged_task_vector(method, base, tasks, (1.0, 1.0, 1.0))
+    space = torch.linalg.qr(torch.cat(columns, dim=1)).Q
+    assert_near(space @ (space.T @ merged), merged)
+
+
 def the_oracle_agrees(method: MergeMethod) -> None:
     oracle = importlib.import_module(f"tests.oracles.{method.name}").oracle
     agrees_with(method, oracle)
@@ -308,11 +393,31 @@ ELEMENT_LAWS: tuple[Law, ...] = (
 """What methods promise that work entry by entry."""
 
 
+HEURISTIC_LAWS: tuple[Law, ...] = (
+    whole_tensors_may_come_in_any_order,
+    sources_that_say_nothing_are_not_heard,
+    the_size_of_task_vectors_carries_over,
+    names_and_signs_of_neurons_carry_over,
+)
+"""What methods promise that look at task vectors alone and in one piece."""
+
+SPECTRAL_LAWS: tuple[Law, ...] = (bases_of_both_sides_carry_over, ranks_do_not_grow)
+"""What methods promise that work on singular values."""
+
+
 def laws_of(method: MergeMethod) -> tuple[Law, ...]:
     """All laws that need nothing but the method; `the_oracle_agrees` also needs its file in `tests/oracles`."""
     element = ELEMENT_LAWS if method.scope == "element" else ()
-    return (*LAWS, *(() if method.name in HEURISTICS else BAYESIAN_LAWS), *element)
+    special = HEURISTIC_LAWS if method.name in HEURISTICS else BAYESIAN_LAWS
+    spectral = SPECTRAL_LAWS if method.name in SPECTRAL else ()
+    return (*LAWS, *special, *spectral, *element)
 
 
 HEURISTICS = frozenset({"iso_c", "iso_cts", "knots", "ties", "tsv_m"})
 """Methods that are no case of the rule: a single source does not come back as it was."""
+
+SPECTRAL = HEURISTICS - {"ties"}
+"""Those among them that work on singular values."""
+
+VOTES_IN_COLUMNS = frozenset({"knots"})
+"""Those whose columns keep their meaning: entries vote for themselves there."""

@@ -32,6 +32,8 @@ NAMES = (
     "gradient_matching",
     "hessian_weighted",
     "iso_c",
+    "iso_cts",
+    "knots",
     "linear",
     "posterior",
     "task_arithmetic",

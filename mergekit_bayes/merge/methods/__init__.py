@@ -12,6 +12,8 @@ Others look at task vectors alone, for comparison:
     ties                trimmed task vectors, averaged where their signs agree
     tsv_m               the leading singular triples of every task, decorrelated
     iso_c               the sum of task vectors with a flat spectrum
+    iso_cts             the same, with directions kept for every task
+    knots               TIES in a basis that the task vectors share
 
 Importing this package imports every file in it, in sorted order, and then what other packages offer in the
 entry-point group `mergekit_bayes.merge_methods`; there is no list to edit.
