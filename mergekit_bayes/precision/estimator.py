@@ -25,13 +25,19 @@ A unit is a predicted token of a language model or a row of a classifier.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
+from mergekit_bayes.errors import DataError, ModelError, NonFiniteError, ShapeMismatchError
+from mergekit_bayes.precision.chunks import Chunk, chunks
+from mergekit_bayes.precision.observe import Observation, observe, prepared
+from mergekit_bayes.precision.signals import SIGNALS, SignalName
+from mergekit_bayes.precision.squares import Squares
 from mergekit_bayes.precision.targets import Target, Targets
 
 __all__ = ["Counts", "Estimator"]
@@ -69,13 +75,13 @@ class Estimator(ABC):
     Attributes:
         name: in the registry.
         family: of the posterior that results describe.
-        needs_backward: whether gradients are computed; without them a pass is much cheaper.
+        signal: what is sent backwards through the model (`signals`); None if nothing is: then a pass is much cheaper.
         passes: how often all rows have to be shown.
     """
 
     name: ClassVar[str]
     family: ClassVar[Literal["diagonal", "kronecker"]]
-    needs_backward: ClassVar[bool] = True
+    signal: ClassVar[SignalName | None]
 
     def __init__(
         self,
@@ -88,12 +94,16 @@ class Estimator(ABC):
     ) -> None:
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if model.training:
+            raise ModelError(f"{type(model).__name__}: is in training mode; call eval() first: dropout is no curvature")
         self.model = model
         self.targets = targets
         self.seed = seed
         self.chunk_size = chunk_size
         self.options = options
         self.passes = 1
+        self._squares = Squares(model, targets)
+        self._one_by_one = False
 
     @classmethod
     @abstractmethod
@@ -101,43 +111,99 @@ class Estimator(ABC):
         """Returns the bytes that are kept for a target throughout, for `Targets.groups`."""
 
     def start_pass(self, index: int) -> None:
-        """Begins pass `index`, counted from 0; of later ones, with the sums of the whole pass before loaded."""
+        """Begins pass `index`, counted from 0; later ones with the sums of the whole pass before loaded."""
         if not 0 <= index < self.passes:
             raise ValueError(f"estimator {self.name} has passes 0 to {self.passes - 1}, got {index}")
 
-    @abstractmethod
     def update(self, batch: Mapping[str, Tensor]) -> Counts:
-        """Adds all rows of a batch.
+        """Adds all rows of a batch that have a label.
 
         Rows whose logits, inputs or gradients are not finite leave no trace but their number.
 
         Raises:
             DataError: labels that are missing, of another shape, or that are no class of the model's.
-            ModelError: an output that has no logits, or a target that is never used.
+            ModelError: an output that has no logits.
         """
+        counts = Counts()
+        for chunk in chunks(batch, self.chunk_size):
+            self._squares.check(chunk)
+            counts += self._show(chunk)
+        return counts
 
-    @abstractmethod
     def sums(self) -> dict[str, Tensor]:
         """Returns the sums of the pass so far: not copies; those of several processes may be added up."""
+        return dict(self._totals())
 
-    @abstractmethod
     def load_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Replaces the sums of the pass so far.
+        """Replaces the sums of the pass so far by copies.
 
         Raises:
             ShapeMismatchError: names or shapes are not those of `sums`.
         """
+        totals = self._totals()
+        if totals.keys() != sums.keys() or any(totals[name].shape != value.shape for name, value in sums.items()):
+            different = sorted(totals.keys() ^ sums.keys()) or [n for n in totals if totals[n].shape != sums[n].shape]
+            seen = f"estimator {self.name}: sums of another estimator, model or pass: {', '.join(different[:3])} differ"
+            raise ShapeMismatchError(f"{seen}; expected those that this one gave")
+        for name, value in sums.items():
+            totals[name].copy_(value)
 
-    @abstractmethod
     def result(self, counts: Counts) -> dict[str, Tensor]:
         """Returns the curvature of the loss summed over the units counted, without any prior; float32.
 
         By the names of the targets; for Kronecker factors with `.input_factor`, `.output_factor` and `.eigenvalues`
-        appended and a first dimension of 1, the number of terms. Divide by `counts.units` and multiply by N for the
-        curvature of N units: a diagonal, or one factor of each layer (`output_factor` or, where there is none,
-        `input_factor`; with eigenvalues, these).
+        appended and a first dimension of 1, the number of terms. `scaled(..., N / counts.units)` is that of N units.
 
         Raises:
             DataError: nothing was counted.
             NonFiniteError: a sum overflowed.
         """
+        if counts.units < 1:
+            raise DataError(f"estimator {self.name}: no row was counted; expected at least one with a label")
+        curvature = {name: value.float() for name, value in self._curvature().items()}
+        for name, value in curvature.items():
+            if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+                raise NonFiniteError(f"the curvature of {name!r} is not finite: squares of gradients overflow here")
+        return curvature
+
+    @abstractmethod
+    def _totals(self) -> Mapping[str, Tensor]:
+        """The sums of this pass."""
+
+    @abstractmethod
+    def _curvature(self) -> Mapping[str, Tensor]:
+        """The result, in any dtype."""
+
+    @abstractmethod
+    def _watched(self) -> Iterable[str]:
+        """Paths of the modules that this pass has to look at."""
+
+    @abstractmethod
+    def _add(self, seen: Observation, chunk: Chunk) -> None:
+        """Adds what was seen of a chunk, all of it finite."""
+
+    def _needs_rows(self) -> bool:
+        """Whether this pass needs to tell rows apart."""
+        return bool(self._squares.totals)
+
+    def _show(self, chunk: Chunk) -> Counts:
+        alone = len(chunk) == 1
+        if alone or not (self._one_by_one or self._squares.direct):
+            seen = self._observe(chunk)
+            apart = alone or seen.apart or not self._needs_rows()
+            if apart and seen.finite:
+                self._add(seen, chunk)
+                return Counts(len(chunk), chunk.units)
+            if alone:
+                return Counts(skipped=chunk.numbers)
+            self._one_by_one |= not apart
+        counts = Counts()
+        for row in chunk.single_rows():
+            counts += self._show(row)
+        return counts
+
+    def _observe(self, chunk: Chunk) -> Observation:
+        watched, direct = dict.fromkeys(self._watched()), self._squares.direct
+        signal = None if self.signal is None else SIGNALS[self.signal]
+        with prepared(self.model, direct.values()):
+            return observe(self.model, chunk, watched, signal=signal, seed=self.seed, direct=direct)

@@ -12,6 +12,7 @@ quantised.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from torch import nn
 
 from mergekit_bayes.errors import ModelError
 
-__all__ = ["Layer", "Target", "Targets", "Weight", "find_targets"]
+__all__ = ["Layer", "Target", "Targets", "Weight", "count", "factored_only", "find_targets"]
 
 Space = Literal["factor", "product", "full"]
 Side = Literal["input", "output"]
@@ -166,6 +167,16 @@ def find_targets(
         within = "" if max_dimension is None else f" whose factors have no side longer than {max_dimension}"
         raise ModelError(f"{type(model).__name__}: has no linear layer to describe; expected one{within}")
     return targets
+
+
+def count(target: Target) -> int:
+    """Returns the number of entries of a weight."""
+    return math.prod(target.shape)
+
+
+def factored_only(targets: Targets) -> Targets:
+    """Returns the targets without those that Kronecker factors do not describe."""
+    return Targets(targets.space, (), tuple(layer for layer in targets.layers if layer.factored))
 
 
 def is_transposed(module: nn.Module) -> bool:
