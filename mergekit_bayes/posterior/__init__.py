@@ -5,6 +5,13 @@
     diagonal.py      Diagonal: one precision per entry
     elementwise.py   the algebra those two share
     rule.py          merge_posteriors: natural parameters add; check_inputs: what can be merged at all
+    kronecker.py     Kronecker: for linear layers, a diagonal plus products of input and output curvature
+    term.py          Term: one such product
+    kronecker_rule.py        merge_kronecker: the rule for them
+    conjugate_gradients.py   solving with a precision that is never formed
+    eigenbasis.py            bases in which it is nearly diagonal
+    solve.py                 the two together
+    closed_form.py           what needs its eigenvalues: volume, traces, samples
     mismatch.py      mismatch: what a merge will cost each source
 
 A posterior holds a `mean` and a `precision`: the inverse variance at data scale, that is, of the loss summed
@@ -19,7 +26,20 @@ from __future__ import annotations
 from mergekit_bayes.posterior.diagonal import Diagonal
 from mergekit_bayes.posterior.family import Posterior
 from mergekit_bayes.posterior.isotropic import Isotropic
+from mergekit_bayes.posterior.kronecker import Kronecker
+from mergekit_bayes.posterior.kronecker_rule import merge_kronecker
 from mergekit_bayes.posterior.mismatch import mismatch
 from mergekit_bayes.posterior.rule import check_inputs, merge_posteriors
+from mergekit_bayes.posterior.term import Term
 
-__all__ = ["Diagonal", "Isotropic", "Posterior", "check_inputs", "merge_posteriors", "mismatch"]
+__all__ = [
+    "Diagonal",
+    "Isotropic",
+    "Kronecker",
+    "Posterior",
+    "Term",
+    "check_inputs",
+    "merge_kronecker",
+    "merge_posteriors",
+    "mismatch",
+]

@@ -74,6 +74,13 @@ class Elementwise(Posterior):
         """Inverse variances at data scale: 0-dim or of the mean's shape."""
         return self.precision
 
+    def quadratic(self, x: Tensor, *, beyond: Posterior | None = None) -> Tensor:
+        """The sum of S x^2, or of (S - S_beyond) x^2; see `Posterior.quadratic`."""
+        if beyond is not None and not isinstance(beyond, Elementwise):
+            return beyond.admit(self).quadratic(x, beyond=beyond)
+        curvature = self.precision if beyond is None else self.precision - beyond.precision
+        return x.square().mul_(curvature).sum()
+
     def with_mean(self, mean: Tensor) -> Self:
         """The same precision around another mean; see `Posterior.with_mean`."""
         return type(self).unchecked(mean, self.precision)
@@ -100,6 +107,8 @@ class Elementwise(Posterior):
 
     def product(self, other: Posterior) -> Posterior:
         """The density proportional to q p; see `Posterior.product`."""
+        if not isinstance(other, Elementwise):
+            return other.admit(self).product(other)
         family, other = self._meet(other)
         precision = self.precision + other.precision
         mean = self.mean + other.precision / precision * (other.mean - self.mean)
@@ -107,6 +116,8 @@ class Elementwise(Posterior):
 
     def quotient(self, other: Posterior) -> Posterior:
         """The density proportional to q / p; see `Posterior.quotient`."""
+        if not isinstance(other, Elementwise):
+            return other.admit(self).quotient(other)
         family, other = self._meet(other)
         precision = self.precision - other.precision
         # Checked before dividing: a zero is reported as what it is, not as the infinite mean it causes.
@@ -145,6 +156,8 @@ class Elementwise(Posterior):
         Raises:
             ShapeMismatchError: the means differ in shape, dtype or device.
         """
+        if not isinstance(other, Elementwise):
+            return other.admit(self).kl(other)
         _, other = self._meet(other)
         excess = (other.precision - self.precision) / self.precision
         # Near r = 1 the logarithms cancel, far from it r - 1 loses a small r; and it is never negative.
@@ -175,11 +188,10 @@ class Elementwise(Posterior):
             precision = precision.clamp_(min=floor)
         return cls.unchecked(pull.div_(precision).add_(prior.mean), precision)
 
-    def _meet(self, other: Posterior) -> tuple[type[Elementwise], Elementwise]:
+    def _meet(self, other: Elementwise) -> tuple[type[Elementwise], Elementwise]:
         """The richer family of the two, and `other` once it is known to describe the same tensor."""
-        partner = _elementwise(other)
-        check_alike((self, partner))
-        return (type(self) if self.richness >= partner.richness else type(partner)), partner
+        check_alike((self, other))
+        return (type(self) if self.richness >= other.richness else type(other)), other
 
 
 def _weighted(source: Posterior, task_weight: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:

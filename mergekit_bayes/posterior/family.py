@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from mergekit_bayes.errors import ShapeMismatchError
+from mergekit_bayes.errors import MethodError, ShapeMismatchError
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +25,8 @@ class Posterior(ABC):
 
     Attributes:
         family: name of the family, as sidecars record it.
-        richness: place of the family in the order isotropic < diagonal < ...; where two families meet, the
-            result belongs to the richer one.
+        richness: place of the family in the order isotropic < diagonal < kronecker < mixture; where two families meet,
+            the result belongs to the richer one.
         mean: the posterior mean, shape (*weight), floating point.
     """
 
@@ -36,7 +36,19 @@ class Posterior(ABC):
 
     @abstractmethod
     def precision_tensor(self) -> Tensor:
-        """Inverse marginal variances at data scale, of a shape that broadcasts against `mean`."""
+        """The diagonal of the precision at data scale, of a shape that broadcasts against `mean`.
+
+        The inverse variance of each entry given all others; where entries are independent, its inverse variance.
+        """
+
+    @abstractmethod
+    def quadratic(self, x: Tensor, *, beyond: Posterior | None = None) -> Tensor:
+        """x^T S x, or x^T (S - S_beyond) x without forming the difference of two large numbers; 0-dim.
+
+        Args:
+            x: shape of the mean.
+            beyond: a posterior of the same tensor, of which only the precision is used.
+        """
 
     @abstractmethod
     def check(self) -> Self:
@@ -54,6 +66,14 @@ class Posterior(ABC):
         Args:
             mean: shape, dtype and device of the present mean.
         """
+
+    def admit(self, poorer: Posterior) -> Posterior:
+        """A posterior of a poorer family, as one of this family: where families meet, the richer one takes over.
+
+        Raises:
+            MethodError: this family cannot express it.
+        """
+        raise MethodError(f"a `{self.family}` posterior cannot be combined entry by entry")
 
     @abstractmethod
     def product(self, other: Posterior) -> Posterior:

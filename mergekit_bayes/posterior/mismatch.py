@@ -3,11 +3,11 @@ r"""What a merge will cost each source, before it is evaluated.
 The rule replaces each task's loss by the quadratic its posterior stands for; what is lost at the merged mean
 is, to second order and per source t,
 
-    1/2 sum (m - m_t)^2 (S_t - S_0) ,
+    1/2 (m - m_t)^T (S_t - S_0) (m - m_t) ,
 
-summed over the entries of a tensor: H_t = S_t - S_0 is the curvature of the task's loss, summed over its
-training units (the correction of Khan, arXiv 2506.14262, and the gradient mismatch of Daheim et al., arXiv
-2310.12808).
+for precisions that act entry by entry 1/2 sum (m - m_t)^2 (S_t - S_0). H_t = S_t - S_0 is the curvature of the
+task's loss, summed over its training units (the correction of Khan, arXiv 2506.14262, and the gradient mismatch of
+Daheim et al., arXiv 2310.12808).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["mismatch"]
 
 
 def mismatch(merged_mean: Tensor, source: Posterior, base: Posterior) -> Tensor:
-    r"""The increase of the source's loss that its own posterior predicts: 1/2 sum (m - m_t)^2 (S_t - S_0).
+    r"""The increase of the source's loss that its own posterior predicts: 1/2 (m - m_t)^T (S_t - S_0) (m - m_t).
 
     Exact for a quadratic loss with curvature S_t - S_0 and minimum m_t. When m_t minimises the loss plus the
     prior, so that a slope remains, it is the increase beyond that slope. Negative where the base is more
@@ -46,5 +46,4 @@ def mismatch(merged_mean: Tensor, source: Posterior, base: Posterior) -> Tensor:
         raise ShapeMismatchError(
             f"mismatch: merged mean of shape {tuple(merged_mean.shape)}, source of {tuple(source.mean.shape)}"
         )
-    curvature = source.precision_tensor() - base.precision_tensor()
-    return (merged_mean - source.mean).square_().mul_(curvature).sum() / 2
+    return source.quadratic(merged_mean - source.mean, beyond=base) / 2

@@ -23,6 +23,9 @@ class Other(Posterior):
     def precision_tensor(self) -> Tensor:
         return torch.ones(())
 
+    def quadratic(self, x: Tensor, *, beyond: Posterior | None = None) -> NoReturn:
+        raise NotImplementedError
+
     def check(self) -> Self:
         return self
 
