@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bayes.checkpoint.disk import disk_errors, sync_folder, sync_tree, write_atomically
 from mergekit_bayes.checkpoint.files import brief, shown
 from mergekit_bayes.errors import CheckpointError, MergekitBayesError
-from mergekit_bayes.finetune.tensors import read_tensors, write_tensors
+from mergekit_bayes.finetune.tensors import read_tensors, send_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "find_checkpoints", "load_checkpoint", "name_of", "write_checkpoint"]
+__all__ = ["Checkpoint", "find_checkpoints", "load_checkpoint", "name_of", "send_checkpoint", "write_checkpoint"]
 
 FORMAT = "mergekit_bayes.checkpoint"
 VERSION = 1
@@ -44,7 +44,8 @@ class Checkpoint:
 
     Attributes:
         step: optimizer steps taken.
-        trainable: trainable parameters by name.
+        trainable: trainable parameters by name; while a run is under way they may be spread over processes, and so may
+            the optimizer's tensors.
         optimizer: `state_dict` of the optimizer.
         log: text of the log so far.
         state: everything else; what JSON can hold.
@@ -99,6 +100,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> list[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     return sorted(target.iterdir())
+
+
+def send_checkpoint(checkpoint: Checkpoint) -> None:
+    """Gives this process's parts of the tensors to the one that writes the same checkpoint."""
+    send_tensors(checkpoint.trainable)
+    send_tensors(_split(checkpoint.optimizer)[1])
 
 
 def _fill(folder: Path, checkpoint: Checkpoint) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bayes.checkpoint.disk import write_atomically
 from mergekit_bayes.finetune.card import model_card
 from mergekit_bayes.finetune.curve import draw_curve
-from mergekit_bayes.finetune.ivon import IVON, diagnose, export_precision
+from mergekit_bayes.finetune.ivon import IVON, Diagnostics, diagnose, export_precision
+from mergekit_bayes.finetune.ivon.sharding import drop_gathered, whole
 from mergekit_bayes.finetune.monitor import curvature_warning
 from mergekit_bayes.finetune.report import REPORT_NAME, peak_memory, report_text, versions
 from mergekit_bayes.model import save_trained, write_precision
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.finetune.setup import Setup
     from mergekit_bayes.finetune.training import Trained
 
-__all__ = ["RECIPE_NAME", "finish_folder"]
+__all__ = ["RECIPE_NAME", "finish_folder", "send_model"]
 
 RECIPE_NAME = "finetune_recipe.yaml"
 CURVE_NAME = "loss.png"
@@ -28,6 +29,8 @@ CURVE_NAME = "loss.png"
 
 def finish_folder(setup: Setup, folder: Path, trained: Trained, *, seconds: float) -> None:
     """Writes everything but log and checkpoints.
+
+    Where the model is spread over processes, the others call `send_model` meanwhile.
 
     Args:
         setup: the run.
@@ -40,13 +43,40 @@ def finish_folder(setup: Setup, folder: Path, trained: Trained, *, seconds: floa
         NumericalError: a precision that none can be.
     """
     recipe = setup.recipe
-    save_trained(setup.loaded.model, setup.loaded.tokenizer, folder, base=setup.loaded.base)
-    precision = _write_precision(setup, folder, trained.counters)
+    _save_model(setup, folder, write=True)
+    found = _diagnose(setup)
+    precision = None if found is None else _write_precision(setup, folder, trained.counters, found)
     _write(folder / RECIPE_NAME, dump_yaml(recipe.resolved()))
     draw_curve(folder / CURVE_NAME, trained.rows, unit=_unit(setup))
     content = _report(setup, trained, precision, seconds)
     _write(folder / REPORT_NAME, report_text(content))
     _write(folder / "README.md", model_card(content))
+
+
+def send_model(setup: Setup, folder: Path) -> None:
+    """Gives this process's parts of a model and its curvature to the one that writes them.
+
+    Args:
+        setup: the run.
+        folder: where that one writes.
+    """
+    _save_model(setup, folder, write=False)
+    if _diagnose(setup) is not None:
+        for parameter in setup.parameters.values():
+            whole(setup.optimizer.state[parameter]["hess"])
+
+
+def _save_model(setup: Setup, folder: Path, *, write: bool) -> None:
+    if setup.sharded:
+        drop_gathered(setup.loaded.model)
+    save_trained(setup.loaded.model, setup.loaded.tokenizer, folder, base=setup.loaded.base, write=write)
+
+
+def _diagnose(setup: Setup) -> Diagnostics | None:
+    """Where IVON stands; None if there will be no sidecar."""
+    if setup.recipe.output.precision is False or not isinstance(setup.optimizer, IVON):
+        return None
+    return diagnose(setup.optimizer)
 
 
 def _unit(setup: Setup) -> str:
@@ -58,12 +88,11 @@ def num_examples(setup: Setup, counters: Counters) -> int:
     return max(1, min(setup.data.train.num_units, counters.units))
 
 
-def _write_precision(setup: Setup, folder: Path, counters: Counters) -> dict[str, Any] | None:
-    """The sidecar of an IVON run, and what the report says about it."""
+def _write_precision(setup: Setup, folder: Path, counters: Counters, found: Diagnostics) -> dict[str, Any]:
+    """Writes the sidecar of an IVON run, and returns what the report says about it."""
     output, optimizer = setup.recipe.output, setup.optimizer
-    if output.precision is False or not isinstance(optimizer, IVON):
-        return None
-    found = diagnose(optimizer)
+    assert isinstance(optimizer, IVON)  # nothing else was diagnosed
+    assert output.precision is not False
     units_per_step = max(1, round(counters.units / max(1, counters.step - counters.skipped)))
     exported = export_precision(
         optimizer,

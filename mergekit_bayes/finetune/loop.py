@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.engine import any_of
 from mergekit_bayes.finetune.evaluation import evaluate
 from mergekit_bayes.finetune.feed import Feed, StepData
 from mergekit_bayes.finetune.interrupt import StopRequest
@@ -206,7 +207,4 @@ class Loop:
 
     def _asked(self) -> bool:
         """Whether any process was asked: all must stop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return bool(self.stop)
-        flag = torch.tensor(int(bool(self.stop)), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        return any_of(self.accelerator, bool(self.stop))

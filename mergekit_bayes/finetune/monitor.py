@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mergekit_bayes.finetune.ivon.sharding import is_sharded, local, local_range
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,6 +30,8 @@ _SAMPLED = 4096
 class Monitor:
     """Follows the posterior and the way the mean has gone, on some entries of every parameter.
 
+    Where parameters are spread over processes, each looks at its part of the same entries, and all call `measure`.
+
     Args:
         optimizer: IVON with one group, whose parameters hold the initial mean.
     """
@@ -38,8 +42,8 @@ class Monitor:
         self._group = group
         self._parameters: Sequence[Tensor] = [p for p in group["params"] if p.requires_grad]
         self._initial = _sample(self._parameters)
-        counts = [(p.numel(), math.ceil(p.numel() / _stride(p))) for p in self._parameters]
-        self._weights = torch.cat([torch.full((taken,), numel / taken, dtype=torch.float64) for numel, taken in counts])
+        self._weights = _weights(self._parameters)
+        self._sharded = [p for p in self._parameters if is_sharded(p)]
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -57,17 +61,28 @@ class Monitor:
         ratio = hess / group["hess_init"]
         correction = 1 - group["beta1"] ** max(1, *(s["step"] for s in states)) if group["debias"] else 1.0
         direction = (momentum / correction + decay * mean) / precision
-        noise = self._mean(1 / (group["ess"] * precision))
+        noise, square, way, moved, clipped = self._means(
+            1 / (group["ess"] * precision),
+            mean.square(),
+            (mean - self._initial).square(),
+            (ratio < 0.9) | (ratio > 1.1),
+            direction.abs() >= group["clip_radius"],
+        )
         return {
-            "noise_to_weight": _root(noise, self._mean(mean.square())),
-            "moved": self._mean((ratio < 0.9) | (ratio > 1.1)),
-            "clipped": self._mean(direction.abs() >= group["clip_radius"]),
-            "noise_to_progress": _root(noise, self._mean((mean - self._initial).square())),
+            "noise_to_weight": _root(noise, square),
+            "moved": moved,
+            "clipped": clipped,
+            "noise_to_progress": _root(noise, way),
             "hess_init_share": max(s["hess_init_share"] for s in states),
         }
 
-    def _mean(self, values: Tensor) -> float:
-        return float((values * self._weights).sum() / self._weights.sum())
+    def _means(self, *columns: Tensor) -> list[float]:
+        sums = torch.stack([(values * self._weights).sum() for values in (*columns, torch.ones(()))])
+        if self._sharded:
+            sums = sums.to(local(self._sharded[0]).device)
+            torch.distributed.all_reduce(sums)
+        means: list[float] = (sums[:-1] / sums[-1]).tolist()
+        return means
 
 
 def curvature_warning(*, moved: float, floored: float) -> str | None:
@@ -95,8 +110,24 @@ def _stride(tensor: Tensor) -> int:
 
 def _sample(tensors: Sequence[Tensor]) -> Tensor:
     """Some entries of every tensor, in float64 on the CPU; one transfer for all."""
-    entries = [tensor.detach().reshape(-1)[:: _stride(tensor)].float() for tensor in tensors]
+    entries = [local(tensor.detach()).reshape(-1)[_first(tensor) :: _stride(tensor)].float() for tensor in tensors]
     return torch.cat(entries).cpu().double()
+
+
+def _weights(tensors: Sequence[Tensor]) -> Tensor:
+    """How many entries each of those in the sample stands for."""
+    columns = []
+    for tensor in tensors:
+        share = tensor.numel() / max(1, math.ceil(tensor.numel() / _stride(tensor)))
+        taken = max(0, math.ceil((local(tensor).numel() - _first(tensor)) / _stride(tensor)))
+        columns.append(torch.full((taken,), share, dtype=torch.float64))
+    return torch.cat(columns)
+
+
+def _first(tensor: Tensor) -> int:
+    """The first entry of this process's part that is in the sample of the whole."""
+    begin, _ = local_range(tensor) or (0, 0)
+    return -begin % _stride(tensor)
 
 
 def _root(numerator: float, denominator: float) -> float:

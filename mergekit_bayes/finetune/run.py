@@ -14,12 +14,13 @@ from mergekit_bayes.checkpoint.placement import resolve_target, work_folder
 from mergekit_bayes.errors import RecipeError
 from mergekit_bayes.finetune.choose import Beginning, choose_beginning
 from mergekit_bayes.finetune.describe import describe, local_inputs
-from mergekit_bayes.finetune.finish import finish_folder
+from mergekit_bayes.finetune.engine import check_engine, make_accelerator
+from mergekit_bayes.finetune.finish import finish_folder, send_model
 from mergekit_bayes.finetune.interrupt import stop_on_signals
 from mergekit_bayes.finetune.progress import duration
 from mergekit_bayes.finetune.report import REPORT_NAME
 from mergekit_bayes.finetune.saving import Saver
-from mergekit_bayes.finetune.setup import check_agreement, check_engine, make_accelerator, prepare
+from mergekit_bayes.finetune.setup import check_agreement, prepare
 from mergekit_bayes.finetune.training import train
 from mergekit_bayes.model import check_launch
 from mergekit_bayes.recipe import load_recipe
@@ -132,7 +133,7 @@ def _run(recipe: FinetuneRecipe, target: Path, options: _Options) -> FinetuneRes
     began = time.monotonic()
     accelerator = make_accelerator(recipe.training, work_folder(resolve_target(target)) / "staging" / "trackers")
     check_launch()
-    check_engine(accelerator)
+    check_engine(accelerator, recipe)
     leader = accelerator.is_main_process
     inputs = local_inputs(recipe, options.recipe_dir)
     output = OutputFolder(target, overwrite=options.overwrite, inputs=inputs, job=JOB, leader=leader, precious=True)
@@ -157,6 +158,8 @@ def _run(recipe: FinetuneRecipe, target: Path, options: _Options) -> FinetuneRes
             _clear(saver, beginning)
         trained = train(setup, beginning, saver, stop, show=options.progress and leader)
         if not leader:
+            if setup.sharded:
+                send_model(setup, output.staging)
             return FinetuneResult(target, {})
         finish_folder(setup, output.staging, trained, seconds=time.monotonic() - began)
         text = (output.staging / REPORT_NAME).read_text(encoding="utf-8")

@@ -44,6 +44,10 @@ class Saver:
         """Returns the newest checkpoint of an interrupted run that is whole, and what is wrong with newer ones."""
         return newest_whole(self.folder)
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there."""
+        return self.output.finished(name_of(step)) is not None
+
     def save(self, capture: Callable[[], Checkpoint], step: int) -> Path:
         """Writes the checkpoint of a step, unless it is there, and deletes the oldest beyond the limit.
 
@@ -58,7 +62,7 @@ class Saver:
             OutputError: the disk has no room or failed; the checkpoints before are as they were.
         """
         path = self.folder / name_of(step)
-        if self.output.finished(path.name) is None:
+        if not self.has(step):
             checkpoint = capture()
             try:
                 self.output.require_space(_size(checkpoint))

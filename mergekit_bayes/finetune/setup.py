@@ -14,13 +14,13 @@ from mergekit_bayes.checkpoint.files import listed
 from mergekit_bayes.data import load_training_data, packing_fault
 from mergekit_bayes.errors import FinetuneError
 from mergekit_bayes.finetune.checkpoints import Checkpoint
+from mergekit_bayes.finetune.engine import loading_device, shard, shards
 from mergekit_bayes.finetune.feed import Feed
 from mergekit_bayes.finetune.ivon import IVON
 from mergekit_bayes.finetune.monitor import Monitor
 from mergekit_bayes.finetune.optimizers import Start, build_optimizer, starting_point
 from mergekit_bayes.finetune.schedule import RunLength, run_length
 from mergekit_bayes.finetune.state import Identity
-from mergekit_bayes.finetune.trackers import check_trackers
 from mergekit_bayes.model import checkpoint_gradients, load_for_training, saved_parameters
 from mergekit_bayes.model.base_identity import open_base
 from mergekit_bayes.model.tokens import load_tokenizer
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.model import LoadedModel
     from mergekit_bayes.recipe.finetune import FinetuneRecipe, TrainingSpec
 
-__all__ = ["Setup", "check_agreement", "check_engine", "make_accelerator", "prepare", "without_cache"]
+__all__ = ["Setup", "check_agreement", "prepare", "without_cache"]
 
 
 @dataclass(frozen=True)
@@ -66,52 +66,17 @@ class Setup:
     length: RunLength
     identity: Identity
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is spread over the processes, so that all of them take part in reading it."""
+        return shards(self.accelerator)
+
     def going_on(self, checkpoint: Checkpoint | None) -> Setup:
         """Returns the run with the starting values it had when it began, whatever the recipe would give now."""
         if checkpoint is None or self.start is None:
             return self
         start = checkpoint.state["identity"]["start"]
         return replace(self, start=Start(**start), identity=replace(self.identity, start=start))
-
-
-def make_accelerator(training: TrainingSpec, folder: Path) -> Accelerator:
-    """Returns the accelerator of a run.
-
-    Args:
-        training: the recipe's section.
-        folder: where trackers put their files.
-
-    Raises:
-        FinetuneError: a tracker that is not installed, or a precision that the device has not.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    check_trackers(training.report_to)
-    # a second run of one process may want another precision; device and processes stay what they are
-    AcceleratorState._reset_state()
-    precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
-    try:
-        return Accelerator(mixed_precision=precision, log_with=list(training.report_to) or None, project_dir=folder)
-    except ValueError as error:
-        if precision == "no":
-            raise
-        raise FinetuneError(f"training.{precision}: this device does not compute in it: {error}") from error
-
-
-def check_engine(accelerator: Accelerator) -> None:
-    """Makes sure that every process holds the whole model, which steps, checkpoints and outputs rely on.
-
-    Raises:
-        FinetuneError: it is sharded, by FSDP, DeepSpeed or another engine.
-    """
-    kind = accelerator.distributed_type.value
-    if kind != "NO" and not kind.startswith("MULTI_"):
-        raise FinetuneError(
-            f"launch: {kind}: the trainer keeps a whole model in every process (DDP); launch without it, make the "
-            "model smaller with `model.load_in_4bit: true` and an adapter, or use mergekit_bayes.IVON, which trains "
-            "fully_shard models, in a loop of your own"
-        )
 
 
 def prepare(
@@ -138,7 +103,7 @@ def prepare(
         recipe.adapter,
         labels=data.labels,
         seed=training.seed,
-        device=accelerator.device,
+        device=loading_device(accelerator),
         recipe_dir=recipe_dir,
         training_dtype=torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None,
     )
@@ -148,6 +113,8 @@ def prepare(
         checkpoint_gradients(loaded.model)
     check_fit(recipe, loaded, data)
     feed = _feed(recipe, loaded, data, accelerator)
+    if shards(accelerator):
+        shard(accelerator, loaded.model)
     return _assemble(recipe, accelerator, loaded, data, feed)
 
 
@@ -182,7 +149,11 @@ def _assemble(
         origin=resume if isinstance(resume, str) else None,
         start={} if start is None else asdict(start),
     )
-    monitor = Monitor(optimizer) if isinstance(optimizer, IVON) else None
+    monitor = None
+    if isinstance(optimizer, IVON):
+        if shards(accelerator):
+            optimizer.bind(loaded.model)
+        monitor = Monitor(optimizer)
     return Setup(recipe, accelerator, loaded, data, parameters, optimizer, start, monitor, feed, length, identity)
 
 

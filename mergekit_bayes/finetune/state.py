@@ -79,13 +79,29 @@ def restore(checkpoint: Checkpoint, parameters: Mapping[str, Tensor], optimizer:
     """
     import torch
 
+    from mergekit_bayes.finetune.ivon.sharding import shard_like
+
     names: Sequence[str] = checkpoint.state["parameters"]
     _check(names, checkpoint.trainable, parameters)
-    optimizer.load_state_dict(dict(checkpoint.optimizer))
+    optimizer.load_state_dict(_sharded(checkpoint.optimizer, list(parameters.values())))
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(checkpoint.trainable[name])
+            parameter.copy_(shard_like(parameter, checkpoint.trainable[name]))
     return Counters(**checkpoint.state["counters"])
+
+
+def _sharded(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """An optimizer's state with its tensors in the shards of their parameters, where these have some."""
+    from mergekit_bayes.finetune.ivon.sharding import shard_like
+
+    state = {}
+    for index, entries in state_dict["state"].items():
+        parameter = parameters[index]
+        state[index] = {
+            key: shard_like(parameter, value) if getattr(value, "shape", None) == parameter.shape else value
+            for key, value in entries.items()
+        }
+    return {**state_dict, "state": state}
 
 
 def _check(names: Sequence[str], saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_bayes.finetune.ivon import IVON
+from mergekit_bayes.finetune.ivon.sharding import is_sharded, local, whole
 from mergekit_bayes.finetune.loss import exact_dtype, forward, summed_loss
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Stepper:
         self._ivon = optimizer if isinstance(optimizer, IVON) else None
         self._local = self._ivon is not None and self._ivon.noise == "per_process"
         self._trainable = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        self._sharded = any(is_sharded(parameter) for parameter in self._trainable)
 
     def step(self, micro_batches: Sequence[Batch], *, units: int, lr: float) -> StepResult:
         """Takes one step.
@@ -83,7 +85,7 @@ class Stepper:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         samples = 1 if self._ivon is None else self._ivon.mc_samples
-        # DDP averages over processes what has to be summed; so does IVON where each draws its own noise
+        # DDP and FSDP average over processes what has to be summed; so does IVON where each draws its own noise
         factor = self._accelerator.num_processes / max(units, 1)
         device = self._accelerator.device
         loss = torch.zeros((), dtype=exact_dtype(device), device=device)
@@ -101,7 +103,8 @@ class Stepper:
         total: Tensor | float = 0.0
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
-            keep_local = self._local or not last
+            # in shards every micro-batch is added up at once: whole gradients might not fit
+            keep_local = not self._sharded and (self._local or not last)
             with self._accelerator.no_sync(self._model) if keep_local else nullcontext():
                 moved = {name: tensor.to(self._accelerator.device, non_blocking=True) for name, tensor in batch.items()}
                 loss = summed_loss(forward(self._model, moved), moved["labels"], self._task)
@@ -115,10 +118,11 @@ class Stepper:
         if self._scaler is not None:
             self._scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._trainable if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(total)
         finite = bool(torch.isfinite(norm))
         if finite and self._max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._trainable, self._max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self._trainable, self._max_grad_norm, total)
         if self._ivon is None:
             if finite:
                 self._optimizer.step()
@@ -134,6 +138,8 @@ class Stepper:
         before = optimizer.param_groups[0]["skipped"]
         if not finite and gradients:
             # a norm that overflowed says no less than an entry that did: let the optimizer see one
-            gradients[0].view(-1)[0] = float("nan")
+            first = next((part for part in map(local, gradients) if part.numel()), None)
+            if first is not None:
+                first.view(-1)[0] = float("nan")
         optimizer.step()
         return bool(optimizer.param_groups[0]["skipped"] == before)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergekit_bayes.finetune.checkpoints import Checkpoint, name_of
+from mergekit_bayes.finetune.checkpoints import Checkpoint, name_of, send_checkpoint
 from mergekit_bayes.finetune.choose import Beginning
+from mergekit_bayes.finetune.engine import any_of
 from mergekit_bayes.finetune.interrupt import StopRequest
 from mergekit_bayes.finetune.logbook import LOG_NAME, LogBook
 from mergekit_bayes.finetune.loop import Counters, Loop
@@ -132,9 +133,7 @@ def _rate(recipe: FinetuneRecipe, steps: int) -> Callable[[int], float]:
 
 def _save(setup: Setup, saver: Saver, counters: Counters, meter: Meter, log: LogBook) -> str:
     pending = meter.pending()  # of all processes
-    if not setup.accelerator.is_main_process:
-        return str(saver.folder / name_of(counters.step))
-    scaler = setup.accelerator.scaler
+    leader, scaler = setup.accelerator.is_main_process, setup.accelerator.scaler
 
     def state() -> Checkpoint:
         return capture(
@@ -147,7 +146,10 @@ def _save(setup: Setup, saver: Saver, counters: Counters, meter: Meter, log: Log
             scaler=None if scaler is None else scaler.state_dict(),
         )
 
-    return str(saver.save(state, counters.step))
+    # what is spread over the processes is written by one and read by all
+    if setup.sharded and not any_of(setup.accelerator, leader and saver.has(counters.step)) and not leader:
+        send_checkpoint(state())
+    return str(saver.save(state, counters.step) if leader else saver.folder / name_of(counters.step))
 
 
 def _introduce(setup: Setup, beginning: Beginning, shown: Progress) -> None:

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 
 from mergekit_bayes.errors import CheckpointError, FinetuneError
 from mergekit_bayes.finetune import setup as preparation
 from mergekit_bayes.finetune.checkpoints import Checkpoint
 from mergekit_bayes.finetune.run import finetune
-from mergekit_bayes.finetune.setup import check_agreement, check_engine, check_fit, make_accelerator
+from mergekit_bayes.finetune.setup import check_agreement, check_fit
 from mergekit_bayes.finetune.state import restore
 from mergekit_bayes.recipe import FinetuneRecipe, load_recipe
-from mergekit_bayes.recipe.finetune import TrainingSpec
 from tests.finetune.runs import recipe, run
 from tests.finetune.tiny_rows import text_rows
 
@@ -26,19 +24,6 @@ CHAT = (
     "{% for message in messages %}{{ message['role'] }} {% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %} {% endfor %}"
 )
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"])
-def test_a_sharded_model_is_refused(kind: str) -> None:
-    accelerator: Any = SimpleNamespace(distributed_type=DistributedType(kind))
-    with pytest.raises(FinetuneError, match=f"launch: {kind}: the trainer keeps a whole model in every process"):
-        check_engine(accelerator)
-
-
-@pytest.mark.parametrize("kind", ["NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU"])
-def test_processes_with_a_whole_model_each_are_fine(kind: str) -> None:
-    accelerator: Any = SimpleNamespace(distributed_type=DistributedType(kind))
-    check_engine(accelerator)
 
 
 def test_processes_that_see_different_things_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,23 +38,6 @@ def test_processes_that_see_different_things_are_refused(monkeypatch: pytest.Mon
     with pytest.raises(FinetuneError, match="differ in training rows: other, d"):
         check_agreement(two, identity, 0)
     check_agreement(SimpleNamespace(num_processes=1), identity, 0)  # type: ignore[arg-type]
-
-
-def test_a_precision_that_the_device_has_not_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import accelerate
-
-    def refuse(**_: Any) -> None:
-        raise ValueError("bf16 mixed precision requires a newer device")
-
-    monkeypatch.setattr(accelerate, "Accelerator", refuse)
-    with pytest.raises(FinetuneError, match=r"training\.bf16: this device does not compute in it: bf16 mixed"):
-        make_accelerator(TrainingSpec(bf16=True), tmp_path)
-
-
-def test_runs_of_one_process_may_have_different_precisions(tmp_path: Path) -> None:
-    for options, expected in (({"bf16": True}, "bf16"), ({}, "no"), ({"fp16": True}, "fp16")):
-        accelerator = make_accelerator(TrainingSpec(**options), tmp_path)  # type: ignore[arg-type]
-        assert accelerator.mixed_precision == expected
 
 
 def fit(**loaded: Any) -> None:

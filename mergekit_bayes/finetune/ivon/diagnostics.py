@@ -126,13 +126,16 @@ def starting_values(
     Raises:
         FinetuneError: nothing to derive from, or a ratio that this weight_decay does not allow.
     """
-    given = [whole(p).double() for p in parameters if p.requires_grad]
-    known = [p for p in given if bool((p != 0).any())]
-    if not known or units_seen < 1 or steps < 1:
+    square, count = 0.0, 0
+    for parameter in parameters:
+        if parameter.requires_grad and bool((values := whole(parameter)).any()):
+            square += float(values.double().square().sum())
+            count += values.numel()
+    if not count or units_seen < 1 or steps < 1:
         raise FinetuneError("IVON starting values: expected a trainable parameter other than zero; units, steps >= 1")
     if not (0 < noise_to_weight < math.inf and 0 < remaining_share < 1):
         raise FinetuneError("IVON starting values: expected noise_to_weight > 0 and remaining_share in (0, 1)")
-    rms = math.sqrt(sum(float(p.square().sum()) for p in known) / sum(p.numel() for p in known))
+    rms = math.sqrt(square / count)
     ess = float(units_seen)
     hess_init = 1 / (ess * (noise_to_weight * rms) ** 2) - weight_decay
     if hess_init <= 0:

@@ -21,6 +21,7 @@ __all__ = [
     "local_gradient",
     "local_range",
     "refuse_foreign_sharding",
+    "shard_like",
     "whole",
 ]
 
@@ -79,10 +80,24 @@ def local_range(parameter: Tensor) -> tuple[int, int] | None:
 
 def cut_like(parameter: Tensor, values: Tensor) -> Tensor:
     """Returns the local part of flat values that every process holds whole, cut like a parameter; nothing is sent."""
+    return local(shard_like(parameter, values.view(parameter.shape)))
+
+
+def shard_like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Returns values that every process holds whole in the shards of a parameter; themselves if that has none.
+
+    Nothing is sent.
+
+    Args:
+        parameter: says where.
+        values: of its shape.
+    """
+    if not is_sharded(parameter):
+        return values
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = cast("Any", parameter).device_mesh, cast("Any", parameter).placements
-    return distribute_tensor(values.view(parameter.shape), mesh, placements, src_data_rank=None).to_local()
+    return distribute_tensor(values.detach(), mesh, placements, src_data_rank=None)
 
 
 def drop_gathered(model: nn.Module) -> None:
