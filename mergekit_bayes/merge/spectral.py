@@ -10,6 +10,7 @@ Pure functions of tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,9 +52,27 @@ def spectrum(matrix: Tensor, size: float | None = None) -> Spectrum:
     return Spectrum(u[:, :rank], sigma[:rank], vh[:rank].T)
 
 
-def largest(matrices: Sequence[Tensor]) -> float:
-    """The largest Frobenius norm among matrices: the size that sums and differences of them are rounded at."""
-    return max(float(torch.linalg.norm(matrix)) for matrix in matrices)
+def size_of(matrices: Sequence[Tensor]) -> float:
+    """The largest root mean square singular value among matrices: sums and differences of them are rounded at it."""
+    return max(float(torch.linalg.norm(matrix)) / math.sqrt(min(matrix.shape)) for matrix in matrices)
+
+
+def shared_basis(matrices: Sequence[Tensor]) -> Tensor:
+    """Left singular vectors of [M_1 .. M_T], shape (rows, rank), by way of the triangular factor of its transpose."""
+    triangle = torch.linalg.qr(torch.cat(list(matrices), dim=1).T, mode="r").R
+    return spectrum(triangle.T).u
+
+
+def coordinates(basis: Tensor, matrix: Tensor) -> Tensor:
+    """basis^T M with zeros where a column has no part in a direction: what rounding leaves there has a sign, and votes.
+
+    Args:
+        basis: orthonormal columns, shape (rows, rank).
+        matrix: shape (rows, columns).
+    """
+    parts = basis.T @ matrix
+    noise = 64 * torch.finfo(matrix.dtype).eps * torch.linalg.vector_norm(matrix, dim=0)
+    return parts.masked_fill_(parts.abs() <= noise, 0.0)
 
 
 def joined(parts: Sequence[Spectrum]) -> Spectrum:

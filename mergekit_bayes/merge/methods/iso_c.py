@@ -46,7 +46,7 @@ def iso_c(
     Returns:
         The merge, and as measures `rank` of the sum and `singular_value`, the mean that all singular values become.
     """
-    from mergekit_bayes.merge.spectral import average, is_matrix, largest, spectrum, task_matrices
+    from mergekit_bayes.merge.spectral import average, is_matrix, size_of, spectrum, task_matrices
 
     check_inputs(sources, weights, base=base)
     alpha = weights.to(base.mean.dtype)
@@ -55,7 +55,7 @@ def iso_c(
     matrices = task_matrices(base, sources, alpha)
     if not matrices:
         return Merge(base.with_mean(base.mean.clone()), {"rank": 0.0, "singular_value": 0.0})
-    parts = spectrum(sum(matrices[1:], start=matrices[0]), largest(matrices))
+    parts = spectrum(sum(matrices[1:], start=matrices[0]), size_of(matrices))
     rank = parts.sigma.numel()
     value = float(parts.sigma.mean()) if rank else 0.0
     merged = (parts.u @ parts.v.T).mul_(value * scale).add_(base.mean)

@@ -59,7 +59,7 @@ def iso_cts(
     Returns:
         The merge, and as measures `rank`, `common_rank` and `singular_value`, what all singular values become.
     """
-    from mergekit_bayes.merge.spectral import average, is_matrix, isometry, joined, largest, spectrum, task_matrices
+    from mergekit_bayes.merge.spectral import average, is_matrix, isometry, joined, size_of, spectrum, task_matrices
 
     check_inputs(sources, weights, base=base)
     alpha = weights.to(base.mean.dtype)
@@ -68,7 +68,7 @@ def iso_cts(
     matrices = task_matrices(base, sources, alpha)
     if not matrices:
         return Merge(base.with_mean(base.mean.clone()), {"rank": 0.0, "common_rank": 0.0, "singular_value": 0.0})
-    size = largest(matrices)
+    size = size_of(matrices)
     whole = spectrum(sum(matrices[1:], start=matrices[0]), size)
     share = task_share(whole.sigma.numel(), len(matrices), common_fraction)
     common = whole.top(whole.sigma.numel() - share * len(matrices))

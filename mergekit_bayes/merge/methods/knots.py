@@ -62,7 +62,7 @@ def knots(
     import torch
 
     from mergekit_bayes.merge.consensus import elect, trim
-    from mergekit_bayes.merge.spectral import is_matrix, spectrum
+    from mergekit_bayes.merge.spectral import coordinates, is_matrix, shared_basis
 
     check_inputs(sources, weights, base=base)
     alpha = weights.to(base.mean.dtype)
@@ -70,9 +70,8 @@ def knots(
     moved = [(source.mean - base.mean) * alpha[position] for position, source in enumerate(sources)]
     basis = None
     if is_matrix(base.mean):
-        joint = spectrum(torch.cat(moved, dim=1))
-        basis = joint.u
-        moved = list((joint.sigma[:, None] * joint.v.T).chunk(len(sources), dim=1))
+        basis = shared_basis(moved)
+        moved = [coordinates(basis, each) for each in moved]  # diag(sigma) V_t^T
     votes = torch.stack([trim(each, share) for each, share in zip(moved, densities, strict=True)])
     agrees = elect(votes, undecided=0.0)
     cast, won = int((votes != 0).sum()), int(agrees.sum())
