@@ -36,6 +36,26 @@ def orient(adapter: Adapter, base: Mapping[str, TensorInfo]) -> Adapter:
     return replace(adapter, modules=MappingProxyType(modules))
 
 
+def transposed_weights(base: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """Names of the weights of linear layers that a checkpoint stores as (in, out).
+
+    A bias as long as the second dimension of its weight, not the first, says so; a square weight, or one without a
+    bias, follows its layer.
+
+    Args:
+        base: the tensors of the checkpoint.
+    """
+    votes = _votes(base)
+    found = set()
+    for name, info in base.items():
+        if len(info.shape) == 2 and name.endswith(".weight"):
+            bias = base.get(f"{name.removesuffix('.weight')}.bias")
+            sizes = () if bias is None or info.shape[0] == info.shape[1] else bias.shape
+            told = sizes == info.shape[1:] if sizes in (info.shape[:1], info.shape[1:]) else votes.get(_layer(name))
+            found |= {name} if told else set()
+    return frozenset(found)
+
+
 def _votes(base: Mapping[str, TensorInfo]) -> dict[str, bool]:
     """Layers whose biases agree on how weights are stored; True for transposed."""
     votes: dict[str, set[bool]] = {}

@@ -21,6 +21,7 @@ from mergekit_bayes.merge.fresh import common_starts, left_alone, started_elsewh
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import Layout, LowRank, MergeStep, ModuleStep, Operand, Step
+from mergekit_bayes.merge.tensor_steps import merge_step
 from mergekit_bayes.recipe import layer_positions
 
 Found = Sequence[tuple[Input, LoraModule]]
@@ -121,7 +122,8 @@ def _module_step(
     if problems or weights is None:
         return None
     first = found[0][1]
-    mode = "factor" if setting.space == "factor" else ("product" if setting.uses_precision else "stack")
+    summed = setting.method.scope == "element" and not setting.uses_precision
+    mode = "factor" if setting.space == "factor" else ("stack" if summed else "product")
     rank, truncate = _rank(setting, mode, [module for _, module in found])
     prior, transposed = _weight_in_base(found[0], attached)
     operands = {source.label: _module_operand(setting, source, module, prior) for source, module in found}
@@ -142,12 +144,19 @@ def _module_step(
         weights=tuple(ordered.values()),
         scaling=scaling,
         transposed=transposed,
+        options=setting.options_at(target, position, _heard(setting, ordered, operands)),
+        whole=setting.method.scope == "tensor",
     )
 
 
 def _by_label(setting: Setting, weights: Sequence[float]) -> dict[str, float]:
     """Weights by source, in an order that does not show that of the recipe: sums of floats depend on theirs."""
     return dict(sorted(zip((source.label for source in setting.sources), weights, strict=True)))
+
+
+def _heard(setting: Setting, ordered: Mapping[str, float], present: Mapping[str, Operand]) -> list[str]:
+    """The sources that the method is given for a module: all, but for methods where those without it have no say."""
+    return [label for label in ordered if label in present or not setting.method.needs_evidence]
 
 
 def _weight_in_base(found: tuple[Input, LoraModule], attached: Mapping[str, Attached]) -> tuple[str, bool]:
@@ -281,14 +290,18 @@ def _saved_step(setting: Setting, name: str, position: float, kept: TensorInfo |
     }
     ordered = _by_label(setting, weights).items()
     known = [(operand, weight) for label, weight in ordered if (operand := operands[label]) is not None]
-    return MergeStep(
-        name=first.name,
-        shape=first.shape,
-        dtype=setting.output_dtype(name, first, tensors),
-        precision_dtype=setting.precision_dtype,
-        base=setting.with_prior(Operand("base", kept or first), dense),
-        sources=tuple(operand for operand, _ in known),
-        weights=tuple(weight for _, weight in known),
+    return merge_step(
+        setting,
+        MergeStep(
+            name=first.name,
+            shape=first.shape,
+            dtype=setting.output_dtype(name, first, tensors),
+            precision_dtype=setting.precision_dtype,
+            base=setting.with_prior(Operand("base", kept or first), dense),
+            sources=tuple(operand for operand, _ in known),
+            weights=tuple(weight for _, weight in known),
+            options=setting.options_at(name, position, [operand.label for operand, _ in known]),
+        ),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.merge.registry import MergeMethod
+from mergekit_bayes.merge.steps import Options
 from mergekit_bayes.posterior import Diagonal, Isotropic, Posterior
 from mergekit_bayes.posterior.mismatch import mismatch
 
@@ -71,6 +72,7 @@ class Formula:
         with_mismatch: whether the mismatch is wanted; needs precisions.
         floor: lower bound of the merged precision, or None.
         precision_scale: the written precision is the merged one times this.
+        options: the method's own parameters, as its kernel takes them.
     """
 
     method: MergeMethod
@@ -80,13 +82,21 @@ class Formula:
     with_mismatch: bool
     floor: float | None = None
     precision_scale: float = 1.0
+    options: Options = ()
 
 
 def _posterior(mean: Tensor, precision: Tensor) -> Posterior:
     return Isotropic.unchecked(mean, precision) if precision.dim() == 0 else Diagonal.unchecked(mean, precision)
 
 
-def _operand(stored: Stored, prior: Tensor | None, dtype: torch.dtype) -> Posterior:
+def as_posterior(stored: Stored, prior: Tensor | None, dtype: torch.dtype) -> Posterior:
+    """The posterior that an operand stands for.
+
+    Args:
+        stored: as it was read.
+        prior: S_0 of the merge, which takes the place of the operand's own prior; None for the base itself.
+        dtype: compute dtype.
+    """
     precision = stored.precision.to(dtype)
     # What was read stays as it is, for the messages about it; a cast is ours to overwrite.
     ours = stored.precision.dtype != dtype
@@ -110,10 +120,9 @@ def combine(formula: Formula, base: Stored, sources: Sequence[Stored], weights: 
     Returns:
         The merged block.
     """
-    prior = _operand(base, None, formula.dtype)
-    posteriors = [_operand(source, prior.precision_tensor(), formula.dtype) for source in sources]
-    options = {} if formula.floor is None else {"floor": formula.floor}
-    merged = formula.method.kernel(prior, posteriors, weights, **options)
+    prior = as_posterior(base, None, formula.dtype)
+    posteriors = [as_posterior(source, prior.precision_tensor(), formula.dtype) for source in sources]
+    merged = formula.method.kernel(prior, posteriors, weights, floor=formula.floor, **dict(formula.options))
     gaps = None
     if formula.with_mismatch:
         gaps = torch.stack([mismatch(merged.mean, source, prior) for source in posteriors])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergekit_bayes.errors import NonFiniteError, NonPositivePrecisionError
 from mergekit_bayes.merge.blocks import Formula, Stored, in_chunks
-from mergekit_bayes.merge.steps import MergeStep, Operand
+from mergekit_bayes.merge.steps import MergeStep, ModuleStep, weights_by_label
 
 if TYPE_CHECKING:
     from mergekit_bayes.merge.operands import OperandReader
@@ -60,15 +60,11 @@ def diagnose_mean(step: MergeStep, base: Stored, sources: Sequence[Stored]) -> N
         NonFiniteError: always.
     """
     for operand, stored in zip((step.base, *step.sources), (base, *sources), strict=True):
-        check_block(stored.mean, step.name, f"{operand.label} ({_file(operand)})")
+        check_block(stored.mean, step.name, operand.place)
     raise NonFiniteError(
         f"{step.name}: every input is finite but the merged values are not, or do not fit {step.dtype}; "
         "choose a wider out_dtype, or smaller weights"
     )
-
-
-def _file(operand: Operand) -> str:
-    return str(operand.mean.path) if operand.mean is not None else "adapter"
 
 
 def diagnose_precision(
@@ -96,9 +92,35 @@ def diagnose_precision(
             check_block(merged.precision, step.name, "the merged precision")
         lost += int((merged.precision <= 0).sum())
         lowest = min(lowest, float(merged.lowest_precision))
-    shown = ", ".join(f"{source.label}: {weight:g}" for source, weight in zip(step.sources, step.weights, strict=True))
-    raise NonPositivePrecisionError(
-        f"{step.name}: {lost / step.numel:.1%} of {step.numel} merged precisions are zero or negative "
+    raise lost_precision(step, lost, step.numel, lowest)
+
+
+def lost_precision(step: MergeStep | ModuleStep, lost: int, count: int, lowest: float) -> NonPositivePrecisionError:
+    """The refusal of merged precisions of which some are not positive.
+
+    Args:
+        step: the tensor or layer.
+        lost: how many are zero or negative.
+        count: of how many.
+        lowest: the smallest.
+    """
+    weights = weights_by_label(step)
+    shown = ", ".join(f"{label}: {weight:g}" for label, weight in weights.items())
+    # Beyond one in total, the weights take the prior away.
+    prior = "smaller" if isinstance(step, ModuleStep) and sum(weights.values()) > 1 else "larger"
+    return NonPositivePrecisionError(
+        f"{step.name}: {lost / count:.1%} of {count} merged precisions are zero or negative "
         f"(lowest {lowest:.3g}) with weights {shown}; expected positive ones; make negative weights smaller, "
-        "prior precision larger, or set precision.floor"
+        f"prior precision {prior}, or set precision.floor"
     )
+
+
+def require_positive(step: MergeStep | ModuleStep, precision: Tensor) -> None:
+    """Refuse a merged precision, all of it or one number for all, that is not positive everywhere.
+
+    Raises:
+        NonPositivePrecisionError: naming the share of entries.
+    """
+    lost = int((~(precision > 0)).sum())
+    if lost:
+        raise lost_precision(step, lost, precision.numel(), float(precision.min()))

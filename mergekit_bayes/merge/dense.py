@@ -13,6 +13,7 @@ from mergekit_bayes.checkpoint.adapter import LoraModule
 from mergekit_bayes.checkpoint.files import listed
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.initial import FRESH_NAME
+from mergekit_bayes.checkpoint.orientation import transposed_weights
 from mergekit_bayes.errors import CheckpointError, MergekitBayesError, MissingTensorError, ShapeMismatchError
 from mergekit_bayes.merge.attach import EMBEDDING_WORDS, can_tie, embeddings_changed, tied_partner
 from mergekit_bayes.merge.dense_inputs import DenseInput, open_dense
@@ -20,6 +21,7 @@ from mergekit_bayes.merge.heads import Headed, with_heads
 from mergekit_bayes.merge.setting import Setting, check_dtype, mergeable
 from mergekit_bayes.merge.steps import CopyStep, Layout, LowRank, MergeStep, Operand, Step
 from mergekit_bayes.merge.task import architecture_of
+from mergekit_bayes.merge.tensor_steps import merge_step
 from mergekit_bayes.recipe import layer_positions
 
 
@@ -48,7 +50,8 @@ def dense_steps(setting: Setting) -> Layout:
     headed = replace(
         headed, reference=_tie(headed.reference, heads), sources=[_tie(source, heads) for source in headed.sources]
     )
-    steps = [_step(setting, headed, name, positions[name]) for name in names]
+    turned = transposed_weights({name: headed.reference.stored(name) for name in names})
+    steps = [_step(setting, headed, name, positions[name], turned) for name in names]
     return Layout(
         steps=[step for step in steps if step is not None],
         untied=any(name not in stored for name in heads),
@@ -146,7 +149,7 @@ def _tie(source: DenseInput, ties: Mapping[str, str]) -> DenseInput:
     return replace(source, tensors={**source.tensors, **absent}) if absent else source
 
 
-def _step(setting: Setting, headed: Headed, name: str, position: float) -> Step | None:
+def _step(setting: Setting, headed: Headed, name: str, position: float, turned: frozenset[str]) -> Step | None:
     reference, sources = headed.reference, headed.sources
     stored = reference.stored(name)
     others = {source.source.label: source.stored(name) for source in sources}
@@ -178,14 +181,19 @@ def _step(setting: Setting, headed: Headed, name: str, position: float) -> Step 
         ((operand, weight) for operand, weight in zip(operands, weights, strict=True) if operand is not None),
         key=lambda pair: pair[0].label,
     )
-    return MergeStep(
-        name,
-        stored.shape,
-        dtype,
-        setting.precision_dtype,
-        base,
-        sources=tuple(operand for operand, _ in known),
-        weights=tuple(weight for _, weight in known),
+    return merge_step(
+        setting,
+        MergeStep(
+            name,
+            stored.shape,
+            dtype,
+            setting.precision_dtype,
+            base,
+            sources=tuple(operand for operand, _ in known),
+            weights=tuple(weight for _, weight in known),
+            options=setting.options_at(name, position, [operand.label for operand, _ in known]),
+        ),
+        transposed=name in turned,
     )
 
 

@@ -1,8 +1,9 @@
 """Carry out a plan: one streaming loop over blocks, in as many threads as wanted.
 
 Every worker takes a block, reads its bytes from all inputs, merges, checks, and writes the result to its place. No
-block waits for another and no tensor is ever whole in memory, so peak memory depends on the number of workers alone.
-What a block computes depends on neither thread nor order: the same plan gives the same bytes.
+block waits for another, and what a block computes depends on neither thread nor order: the same plan gives the same
+bytes. Tensors that have to be whole are blocks of their own, and wait until there is room for them in memory; for all
+others peak memory depends on the number of workers alone.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from mergekit_bayes.checkpoint.writer import ShardWriter
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.merge.blocks import Combine, Formula, Merged, Stored, compiled, in_chunks
 from mergekit_bayes.merge.checks import check_block, check_precision, diagnose_mean, diagnose_precision
-from mergekit_bayes.merge.memory import BLOCK_BYTES, default_workers
+from mergekit_bayes.merge.memory import BLOCK_BYTES, Allowance, default_workers, memory_limit, whole_bytes
 from mergekit_bayes.merge.modules import run_module
 from mergekit_bayes.merge.operands import OperandReader
 from mergekit_bayes.merge.plan import MergePlan
-from mergekit_bayes.merge.steps import CopyStep, MergeStep, ModuleStep, Unit
+from mergekit_bayes.merge.sink import Sink
+from mergekit_bayes.merge.steps import CopyStep, MergeStep, ModuleStep, TensorStep, Unit
+from mergekit_bayes.merge.tensors import run_tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -49,12 +52,14 @@ class Options:
         threads: worker threads; 0 takes one per available core, at most eight.
         block_bytes: bytes of input per block and worker.
         compile: fuse each block into one pass with torch.compile; needs a compiler and some start-up time.
+        memory_bytes: bytes that tensors which have to be whole may take together; None for what `memory_limit` allows.
     """
 
     device: str = "cpu"
     threads: int = 0
     block_bytes: int = BLOCK_BYTES
     compile: bool = False
+    memory_bytes: int | None = None
 
     @property
     def workers(self) -> int:
@@ -85,6 +90,7 @@ class Engine:
         self._reader = BlockReader()
         self._operands = OperandReader(self._reader, torch_dtype(plan.compute_dtype), options.device)
         self._combines: dict[Formula, Combine] = {}
+        self._memory = Allowance(memory_limit(plan, options.memory_bytes, workers=options.workers))
         _keep_freed_memory()
 
     def run_unit(self, unit: Unit, folder: Path) -> dict[str, Record]:
@@ -109,6 +115,9 @@ class Engine:
                 precision = stack.enter_context(ShardWriter(path, unit.precision_layout))
             pool = stack.enter_context(_Pool(self.options.workers))
             for step in unit.steps:
+                if isinstance(step, TensorStep | ModuleStep):
+                    pool.submit(step.name, self._run_whole, step, Sink(mean, precision))
+                    continue
                 for start, stop in self._ranges(step):
                     pool.submit(step.name, self._run, step, start, stop, mean, precision)
             return {name: _total(parts) for name, parts in pool.results().items()}
@@ -117,11 +126,8 @@ class Engine:
         """Close the input files."""
         self._reader.close()
 
-    def _ranges(self, step: MergeStep | CopyStep | ModuleStep) -> Iterator[tuple[int, int]]:
+    def _ranges(self, step: MergeStep | CopyStep) -> Iterator[tuple[int, int]]:
         """Element ranges of the blocks of a step; they depend on the plan and the block size alone."""
-        if isinstance(step, ModuleStep):
-            yield 0, 0
-            return
         count = step.entries[0].numel
         per_element = sum(DTYPES[tensor.dtype].itemsize for tensor in step.inputs)
         size = max(GRAIN, self.options.block_bytes // max(1, per_element) // GRAIN * GRAIN)
@@ -131,37 +137,21 @@ class Engine:
         yield from ((start, min(start + size, count)) for start in range(0, max(count, 1), size))
 
     def _run(
-        self,
-        step: MergeStep | CopyStep | ModuleStep,
-        start: int,
-        stop: int,
-        mean: ShardWriter,
-        precision: ShardWriter | None,
+        self, step: MergeStep | CopyStep, start: int, stop: int, mean: ShardWriter, precision: ShardWriter | None
     ) -> Record:
-        if isinstance(step, ModuleStep):
-            record = run_module(step, self.plan, self._operands, self._write_pair(step, mean, precision))
-            written = (*step.entries, *step.precision_entries)
-            self._progress(sum(tensor.nbytes for tensor in step.inputs) + sum(entry.nbytes for entry in written))
-            return record
         if isinstance(step, CopyStep):
             return self._copy(step, start, stop, mean)
         return self._merge(step, start, stop, mean, precision)
 
-    def _write_pair(
-        self, step: ModuleStep, mean: ShardWriter, precision: ShardWriter | None
-    ) -> Callable[[int, torch.Tensor, torch.Tensor | None], None]:
-        def write(which: int, values: torch.Tensor, precisions: torch.Tensor | None) -> None:
-            entry = step.entries[which]
-            stored = values.to(torch_dtype(entry.dtype)).cpu().reshape(-1).contiguous()
-            check_block(stored, entry.name, "the merged factor")
-            mean.write(entry.name, 0, stored)
-            if precision is not None and precisions is not None:
-                kind = torch_dtype(step.precision_entries[which].dtype)
-                scaled = precisions.to(kind).cpu().reshape(-1).contiguous()
-                check_precision(scaled, entry.name, "the merged precision")
-                precision.write(entry.name, 0, scaled)
-
-        return write
+    def _run_whole(self, step: TensorStep | ModuleStep, sink: Sink) -> Record:
+        with self._memory.taken(whole_bytes(step, self.plan.compute_dtype)):
+            if isinstance(step, TensorStep):
+                record = run_tensor(step, self.plan, self._operands, sink)
+            else:
+                record = run_module(step, self.plan, self._operands, sink)
+        written = (*step.entries, *step.precision_entries)
+        self._progress(sum(tensor.nbytes for tensor in step.inputs) + sum(entry.nbytes for entry in written))
+        return record
 
     def _copy(self, step: CopyStep, start: int, stop: int, mean: ShardWriter) -> Record:
         block = self._reader.read_block(step.tensor, start, stop - start)
@@ -217,6 +207,7 @@ class Engine:
             with_mismatch=precisions,
             floor=self.plan.recipe.precision.floor if precisions else None,
             precision_scale=self.precision_scale,
+            options=step.options,
         )
 
     def _combine(self, formula: Formula) -> Combine:

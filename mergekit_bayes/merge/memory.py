@@ -1,17 +1,26 @@
-"""How much memory a plan will take at its peak, estimated from shapes alone."""
+"""How much memory a plan will take at its peak, estimated from shapes alone, and who may take it."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from mergekit_bayes.checkpoint.disk import format_bytes
+from mergekit_bayes.errors import OutputError
 from mergekit_bayes.merge.plan import MergePlan
-from mergekit_bayes.merge.steps import ModuleStep
+from mergekit_bayes.merge.steps import ModuleStep, TensorStep
 
 LIBRARY_BYTES = 320 << 20
 """Resident size of Python with torch loaded, before the first block."""
 
 BLOCK_BYTES = 16 << 20
 """Bytes of input in flight per worker: large enough for full disk bandwidth, small enough not to matter in memory."""
+
+WORKING_COPIES = 6
+"""Tensors of the merged size that a method which sees whole tensors may need beside its inputs, one task vector per
+source not counted: those of a conjugate gradient solver, or a decomposition and its result."""
 
 
 def default_workers() -> int:
@@ -20,7 +29,7 @@ def default_workers() -> int:
 
 
 def peak_memory(plan: MergePlan, *, workers: int | None = None, block_bytes: int = BLOCK_BYTES) -> int:
-    """Estimated peak resident bytes: the libraries, and per worker a block or the largest adapted layer.
+    """Estimated peak resident bytes: the libraries, and per worker a block or the largest tensor that has to be whole.
 
     Args:
         plan: the plan.
@@ -30,16 +39,97 @@ def peak_memory(plan: MergePlan, *, workers: int | None = None, block_bytes: int
     Returns:
         Bytes.
     """
-    item = 8 if plan.compute_dtype == "F64" else 4
-    layers = [_module_bytes(step, item) for step in plan.steps if isinstance(step, ModuleStep)]
+    count = workers or default_workers()
+    whole = min(count * largest_whole(plan)[0], memory_limit(plan, workers=count))
     # Inputs, results and the temporaries between them.
-    block = 3 * block_bytes
-    return LIBRARY_BYTES + (workers or default_workers()) * max([block, *layers])
+    return LIBRARY_BYTES + max(count * 3 * block_bytes, whole)
+
+
+def largest_whole(plan: MergePlan) -> tuple[int, str]:
+    """Bytes that the largest tensor which has to be whole takes while it is merged, and its name; 0 if none has to."""
+    sizes = [
+        (whole_bytes(step, plan.compute_dtype), step.name)
+        for step in plan.steps
+        if isinstance(step, TensorStep | ModuleStep)
+    ]
+    return max(sizes, default=(0, ""))
+
+
+def memory_limit(plan: MergePlan, allowed: int | None = None, *, workers: int) -> int:
+    """Bytes that all tensors which have to be whole may take at one time.
+
+    Args:
+        plan: the plan.
+        allowed: what the user allows; None for one tensor per worker, within half of the machine's memory.
+        workers: worker threads.
+    """
+    largest = largest_whole(plan)[0]
+    if allowed is not None:
+        return allowed
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(largest, min(workers * largest, installed // 2))
+
+
+def require_memory(plan: MergePlan, allowed: int | None) -> None:
+    """Refuse a limit that a tensor which has to be whole does not fit into.
+
+    Raises:
+        OutputError: with the tensor and what it takes.
+    """
+    largest, name = largest_whole(plan)
+    if allowed is not None and largest > allowed:
+        raise OutputError(
+            f"--max-memory {format_bytes(allowed)}: {plan.method.name} has to see {name} whole, which takes about "
+            f"{format_bytes(largest)}; expected at least that"
+        )
+
+
+def whole_bytes(step: TensorStep | ModuleStep, compute_dtype: str) -> int:
+    """Estimated bytes that a tensor which has to be whole takes while it is merged.
+
+    Args:
+        step: its step.
+        compute_dtype: "F32" or "F64".
+    """
+    item = 8 if compute_dtype == "F64" else 4
+    return _tensor_bytes(step, item) if isinstance(step, TensorStep) else _module_bytes(step, item)
+
+
+def _tensor_bytes(step: TensorStep, item: int) -> int:
+    stored = sum(tensor.nbytes for tensor in step.inputs)
+    copies = len(step.inputs) + len(step.sources) + WORKING_COPIES
+    return stored + copies * step.numel * item
 
 
 def _module_bytes(step: ModuleStep, item: int) -> int:
     factors = sum(tensor.nbytes for tensor in step.inputs) + step.rank * (step.in_features + step.out_features) * item
     # In product space: merged mean, its precision, as much again while it is decomposed, and a prior of that size.
-    layers = 5 + len(step.base.tensors)
+    layers = 5 + len(step.base.tensors) + (2 * len(step.sources) + WORKING_COPIES if step.whole else 0)
     dense = layers * step.in_features * step.out_features * item if step.mode == "product" else 0
     return 3 * factors + dense
+
+
+class Allowance:
+    """Memory that several threads share: each waits until what it needs is free.
+
+    Args:
+        limit: bytes; one that needs more than that has them when nobody else has any.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def taken(self, nbytes: int) -> Iterator[None]:
+        """Have so many bytes for the duration of a block."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + nbytes <= self._limit)
+            self._used += nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= nbytes
+                self._changed.notify_all()

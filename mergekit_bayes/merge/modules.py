@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.checkpoint.header import TensorInfo
-from mergekit_bayes.errors import NonPositivePrecisionError
+from mergekit_bayes.merge.apply import Record, apply_method, floored, labelled
+from mergekit_bayes.merge.checks import require_positive
 from mergekit_bayes.merge.lora import (
     Factors,
     fit_factor_variances,
@@ -30,29 +30,26 @@ from mergekit_bayes.merge.lora import (
 from mergekit_bayes.merge.operands import OperandReader
 from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.registry import MergeMethod
-from mergekit_bayes.merge.steps import ModuleStep, Operand, weights_by_label
+from mergekit_bayes.merge.sink import Sink
+from mergekit_bayes.merge.steps import ModuleStep, Operand
 from mergekit_bayes.posterior import Diagonal, Isotropic, Posterior
 from mergekit_bayes.posterior.mismatch import mismatch
 
 PADDING_PRECISION = 1e3
 """How many times more certain padding is than the most certain entry of its factor."""
 
-Record = dict[str, Any]
 Pair = tuple[Tensor, Tensor]
 """Factor A and factor B, or their precisions."""
 
-Write = Callable[[int, Tensor, Tensor | None], None]
-"""Receives 0 for factor A or 1 for factor B, the factor, and its precision at data scale or None."""
 
-
-def run_module(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: Write) -> Record:
-    """Merge one adapted layer and hand both factors to `write`.
+def run_module(step: ModuleStep, plan: MergePlan, operands: OperandReader, sink: Sink) -> Record:
+    """Merge one adapted layer and write both factors.
 
     Args:
         step: the layer.
         plan: for the method and the options of the recipe.
         operands: reader of the sources.
-        write: receives the factors.
+        sink: where the factors go.
 
     Returns:
         What was measured: lost energy, cross terms, mismatch, misfit of the factor variances, floored precisions.
@@ -62,7 +59,7 @@ def run_module(step: ModuleStep, plan: MergePlan, operands: OperandReader, write
         NonPositivePrecisionError: negative weights take more precision away than there is.
     """
     run = {"stack": _stack, "product": _product, "factor": _factor}[step.mode]
-    return run(step, plan, operands, write)
+    return run(step, plan, operands, sink)
 
 
 def coefficients(method: MergeMethod, weights: Sequence[float]) -> list[float]:
@@ -92,22 +89,23 @@ def _weighted_sum(step: ModuleStep, plan: MergePlan, updates: list[Factors | Non
     return stack([update for update, _ in present], [c for _, c in present])
 
 
-def _stack(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: Write) -> Record:
+def _stack(step: ModuleStep, plan: MergePlan, operands: OperandReader, sink: Sink) -> Record:
     exact = _weighted_sum(step, plan, _updates(step, operands))
     if step.truncate is None:
-        _write_padded(step, (exact.a, exact.b), (None, None), write)
+        _write_padded(step, (exact.a, exact.b), (None, None), sink)
         return {}
     kept = truncate_factors(exact, step.truncate)
-    _write_padded(step, (kept.a, kept.b), (None, None), write)
+    _write_padded(step, (kept.a, kept.b), (None, None), sink)
     return {"lost_energy": kept.lost_energy}
 
 
-def _write_padded(step: ModuleStep, means: Pair, precisions: tuple[Tensor | None, Tensor | None], write: Write) -> None:
+def _write_padded(step: ModuleStep, means: Pair, precisions: tuple[Tensor | None, Tensor | None], sink: Sink) -> None:
     missing = step.rank - means[0].shape[0]
     for which, sides in enumerate(((0, 0, 0, missing), (0, missing))):
         precision = precisions[which]
-        padded = None if precision is None else _pad_precision(precision, sides)
-        write(which, torch.nn.functional.pad(means[which], sides), padded)
+        sink.mean(step.entries[which], torch.nn.functional.pad(means[which], sides), "the merged factor")
+        if precision is not None:
+            sink.precisions({step.precision_entries[which]: _pad_precision(precision, sides)})
 
 
 def _pad_precision(precision: Tensor, sides: tuple[int, ...]) -> Tensor:
@@ -116,10 +114,11 @@ def _pad_precision(precision: Tensor, sides: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.pad(precision, sides, value=PADDING_PRECISION * min(float(precision.max()), limit))
 
 
-def _product(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: Write) -> Record:
-    mean, precision, gaps = _merge_product(step, plan, operands)
-    record: Record = {"mismatch": gaps, **_floored(plan, precision)}
-    _require_positive(step, precision)
+def _product(step: ModuleStep, plan: MergePlan, operands: OperandReader, sink: Sink) -> Record:
+    mean, precision, record = _merge_product(step, plan, operands)
+    if plan.method.precision != "unused":
+        require_positive(step, precision)
+        record |= floored(plan, precision)
     kept = truncate_dense(mean, step.truncate or step.rank, _generator(plan.recipe.seed, step.name))
     del mean  # as large as the layer, and no longer needed
     record["lost_energy"] = kept.lost_energy
@@ -129,27 +128,29 @@ def _product(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: 
         spread = precision.mul_(plan.precision_scale).reciprocal_()
         variances, record["variance_misfit"] = fit_factor_variances(kept.a, kept.b, spread)
         precisions = (variances[0].reciprocal_(), variances[1].reciprocal_())
-    _write_padded(step, (kept.a, kept.b), precisions, write)
+    _write_padded(step, (kept.a, kept.b), precisions, sink)
     return record
 
 
-def _merge_product(
-    step: ModuleStep, plan: MergePlan, operands: OperandReader
-) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Mean and precision of the merged dW, shape (out_features, in_features), and the mismatch of every source."""
+def _merge_product(step: ModuleStep, plan: MergePlan, operands: OperandReader) -> tuple[Tensor, Tensor, Record]:
+    """Mean and precision of the merged dW, shape (out_features, in_features), and what was measured."""
     updates = _updates(step, operands)
     mean = torch.empty((step.out_features, step.in_features), dtype=operands.dtype, device=operands.device)
     precision = torch.empty_like(mean)
     gaps = torch.zeros(len(step.sources), dtype=torch.float64)
     prior = _prior(step, operands)
-    for rows in row_blocks(mean.shape):
+    measures: Record = {}
+    for rows in (slice(None),) if step.whole else row_blocks(mean.shape):
         base = _posterior(torch.zeros_like(mean[rows]), prior[rows] if prior.dim() else prior)
         pairs = zip(step.sources, updates, strict=True)
         posteriors = [_product_posterior(source, update, rows, base, operands) for source, update in pairs]
-        merged = _merge(step, plan, base, posteriors)
+        merged, measured = _merge(step, plan, base, posteriors)
         mean[rows], precision[rows] = merged.mean, merged.precision_tensor()
-        gaps += _gaps(merged.mean, posteriors, base)
-    return mean, precision, _labelled(step, gaps)
+        if plan.method.precision != "unused":
+            gaps += _gaps(merged.mean, posteriors, base)
+            measures["mismatch"] = _labelled(step, gaps)
+        measures |= measured
+    return mean, precision, measures
 
 
 def _prior(step: ModuleStep, operands: OperandReader) -> Tensor:
@@ -186,37 +187,19 @@ def _scalar(precision: object, operands: OperandReader) -> Tensor:
     return torch.tensor(precision, dtype=operands.dtype, device=operands.device)
 
 
-def _merge(step: ModuleStep, plan: MergePlan, base: Posterior, posteriors: Sequence[Posterior | None]) -> Posterior:
-    """Apply the kernel; an absent source has the prior for a posterior, or no say where the method has no prior."""
-    if plan.method.prior == "required":
-        chosen = [(base if q is None else q, w) for q, w in zip(posteriors, step.weights, strict=True)]
-    else:
-        chosen = [(q, w) for q, w in zip(posteriors, step.weights, strict=True) if q is not None]
-    weights = torch.tensor([weight for _, weight in chosen], dtype=torch.float64, device=base.mean.device)
-    floor = plan.recipe.precision.floor
-    options = {} if floor is None else {"floor": floor}
-    return plan.method.kernel(base, [q for q, _ in chosen], weights, **options)
-
-
-def _floored(plan: MergePlan, *precisions: Tensor) -> Record:
-    floor = plan.recipe.precision.floor
-    if floor is None:
-        return {}
-    raised = sum(int((precision <= floor).sum()) for precision in precisions)
-    return {"floored_entries": raised, "entries": sum(precision.numel() for precision in precisions)}
-
-
-def _require_positive(step: ModuleStep, precision: Tensor) -> None:
-    lost = int((~(precision > 0)).sum())
-    if lost:
-        weights = weights_by_label(step)
-        shown = ", ".join(f"{label}: {weight:g}" for label, weight in weights.items())
-        prior = "smaller" if sum(weights.values()) > 1 else "larger"
-        raise NonPositivePrecisionError(
-            f"{step.name}: {lost / precision.numel():.1%} of {precision.numel()} merged precisions are zero or "
-            f"negative (lowest {float(precision.min()):.3g}) with weights {shown}; expected positive ones; "
-            f"make negative weights smaller, prior precision {prior}, or set precision.floor"
-        )
+def _merge(
+    step: ModuleStep, plan: MergePlan, base: Posterior, posteriors: Sequence[Posterior | None]
+) -> tuple[Posterior, Record]:
+    """Apply the method; an absent source has a zero update and the prior, or no say where precisions alone count."""
+    labels = sorted(source.label for source in plan.sources)
+    known = zip(labels, posteriors, step.weights, strict=True)
+    chosen = [
+        (label, base if q is None else q, weight)
+        for label, q, weight in known
+        if q is not None or not plan.method.needs_evidence
+    ]
+    merged, measures = apply_method(plan, step, base, [q for _, q, _ in chosen], [weight for *_, weight in chosen])
+    return merged, labelled(measures, [label for label, *_ in chosen])
 
 
 def _gaps(merged: Tensor, posteriors: Sequence[Posterior | None], base: Posterior) -> Tensor:
@@ -236,7 +219,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def _factor(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: Write) -> Record:
+def _factor(step: ModuleStep, plan: MergePlan, operands: OperandReader, sink: Sink) -> Record:
     """A with A, B with B: B as it is at the reference scaling, which is baked into the result."""
     sources = [source for source in step.sources if source is not None]
     gaps = torch.zeros(len(sources), dtype=torch.float64)
@@ -245,19 +228,19 @@ def _factor(step: ModuleStep, plan: MergePlan, operands: OperandReader, write: W
     for which in (0, 1):
         posteriors = [_factor_posterior(source, which, step.scaling, prior, operands) for source in sources]
         base = Isotropic.unchecked(torch.zeros_like(posteriors[0].mean), prior)
-        merged.append(_merge(step, plan, base, posteriors))
+        merged.append(_merge(step, plan, base, posteriors)[0])
         gaps += _gaps(merged[which].mean, posteriors, base)
     a, b = merged[0].mean, merged[1].mean * step.scaling
     record = _cross_terms(Factors(a, b), _weighted_sum(step, plan, _updates(step, operands)))
     if plan.method.precision != "unused":
         own = [q.precision_tensor().expand_as(q.mean) for q in merged]
         for precision in own:
-            _require_positive(step, precision)
-        record |= {"mismatch": _labelled(step, gaps), **_floored(plan, *own)}
+            require_positive(step, precision)
+        record |= {"mismatch": _labelled(step, gaps), **floored(plan, *own)}
     precisions: tuple[Tensor | None, Tensor | None] = (None, None)
     if step.precision_dtype is not None:
         precisions = (own[0] * plan.precision_scale, own[1] * (plan.precision_scale / step.scaling**2))
-    _write_padded(step, (a, b), precisions, write)
+    _write_padded(step, (a, b), precisions, sink)
     return record
 
 

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.reader import BlockReader
-from mergekit_bayes.merge.blocks import Stored
+from mergekit_bayes.merge.blocks import Stored, as_posterior
 from mergekit_bayes.merge.checks import check_block, check_precision
 from mergekit_bayes.merge.lora import Factors, product_mean, product_precision
-from mergekit_bayes.merge.steps import LowRank, MergeStep, Operand
+from mergekit_bayes.merge.steps import LowRank, MergeStep, Operand, TensorStep
+from mergekit_bayes.posterior import Posterior
 
 
 class OperandReader:
@@ -40,6 +41,24 @@ class OperandReader:
         """
         base = self._stored(step.base, step, start, stop)
         return base, [self._stored(source, step, start, stop) for source in step.sources]
+
+    def posterior(self, operand: Operand, step: TensorStep, prior: Tensor | None) -> Posterior:
+        """One operand of a tensor that is merged whole, as (out_features, in_features) where it is a linear layer's.
+
+        Args:
+            operand: base or source of the step.
+            step: the step.
+            prior: S_0 of the merge in the same orientation, which takes the place of the operand's own; None for the
+                base.
+
+        Raises:
+            NumericalError: a precision is not positive and finite.
+        """
+        stored = self._stored(operand, step, 0, step.numel)
+        whole = [each.reshape(step.shape) if each.dim() else each for each in (stored.mean, stored.precision)]
+        if step.transposed:
+            whole = [each.T.contiguous() if each.dim() else each for each in whole]
+        return as_posterior(stored._replace(mean=whole[0], precision=whole[1]), prior, self.dtype)
 
     def _stored(self, operand: Operand, step: MergeStep, start: int, stop: int) -> Stored:
         if operand.mean is None:

@@ -240,6 +240,9 @@ def _space(
 ) -> str:
     bare = all(source.checkpoint is None for source in sources)
     space = recipe.space or ("product" if bare else "full")
+    if space == "factor" and method.scope == "tensor":
+        why = f"factor merges A with A and B with B, but {method.name} has to see all of dW; expected product or full"
+        problems.append(RecipeError(recipe.describe(("space",), why)))
     if space == "full":
         if base is None and method.base == "required":
             why = f"missing; `{method.name}` needs the base that the models were trained from."

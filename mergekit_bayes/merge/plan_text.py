@@ -9,7 +9,7 @@ from mergekit_bayes.checkpoint.disk import format_bytes, free_bytes
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.memory import peak_memory
 from mergekit_bayes.merge.plan import MergePlan
-from mergekit_bayes.merge.steps import CopyStep, ModuleStep, Step, weights_by_label
+from mergekit_bayes.merge.steps import CopyStep, ModuleStep, Step, TensorStep, weights_by_label
 
 
 def plan_text(plan: MergePlan, *, steps: bool = True) -> str:
@@ -81,13 +81,21 @@ def _row(step: Step, labels: Sequence[str]) -> tuple[str, str, str, str, str]:
         return "copy", step.name, _shape(step.shape), step.dtype, step.reason
     known = weights_by_label(step)
     weights = ", ".join(f"{known[label]:g}" if label in known else "-" for label in labels)
+    options = "".join(f"; {name} {_value(value)}" for name, value in step.options)
     if isinstance(step, ModuleStep):
         shape = f"{step.out_features} x {step.in_features}, rank {step.rank}"
-        return step.mode, step.name, shape, step.dtype, f"weights {weights}"
+        return step.mode, step.name, shape, step.dtype, f"weights {weights}{options}"
     # A source without a precision of its own has been given the prior's.
     found = sum(source.has_precision and source.precision != step.base.precision for source in step.sources)
     precisions = f"; precisions {found} of {len(step.sources)}" if step.precision_dtype is not None else ""
-    return "merge", step.name, _shape(step.shape), step.dtype, f"weights {weights}{precisions}"
+    kind = "whole" if isinstance(step, TensorStep) else "merge"
+    return kind, step.name, _shape(step.shape), step.dtype, f"weights {weights}{precisions}{options}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_value, value))
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _dropped_row(plan: MergePlan, name: str, reason: str) -> tuple[str, str, str, str, str]:

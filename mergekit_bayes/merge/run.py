@@ -17,7 +17,7 @@ from typing import Any
 from mergekit_bayes.checkpoint.output import OutputFolder
 from mergekit_bayes.errors import OutputError, RecipeError
 from mergekit_bayes.merge.finish import finish_folder
-from mergekit_bayes.merge.memory import BLOCK_BYTES
+from mergekit_bayes.merge.memory import BLOCK_BYTES, require_memory
 from mergekit_bayes.merge.plan import MergePlan, plan_merge
 from mergekit_bayes.merge.processes import Processes
 from mergekit_bayes.merge.provenance import REPORT_NAME
@@ -113,7 +113,8 @@ def run_merge(
         overwrite: replace an existing output folder, once the new one is complete.
         device: where the arithmetic happens.
         threads: worker threads; None takes one per core, at most eight.
-        max_memory: bytes that blocks in flight may take; None for 16 MiB of input per worker.
+        max_memory: bytes that blocks in flight, and tensors that have to be whole, may take; None for 16 MiB of input
+            per worker, and for a whole tensor per worker within half of the machine's memory.
         compile: fuse the arithmetic with torch.compile; None decides by the amount of work.
         progress: show a progress bar on standard error.
 
@@ -166,8 +167,10 @@ def _options(plan: MergePlan, device: str, threads: int | None, max_memory: int 
     options = Options(device=device, threads=threads or 0, compile=chosen)
     if max_memory is None:
         return options
+    require_memory(plan, max_memory)
     # A block's inputs, its results and the temporaries between take about three times the inputs.
-    return Options(device, threads or 0, min(BLOCK_BYTES, max_memory // (3 * options.workers)), chosen)
+    block = min(BLOCK_BYTES, max_memory // (3 * options.workers))
+    return Options(device, threads or 0, block, chosen, memory_bytes=max_memory)
 
 
 def _check_device(device: str) -> None:

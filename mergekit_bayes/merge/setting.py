@@ -6,7 +6,7 @@ prior precision S_0 comes from, what a sidecar's numbers are divided by, in whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -22,7 +22,7 @@ from mergekit_bayes.errors import (
 )
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.registry import MergeMethod
-from mergekit_bayes.merge.steps import LowRank, Operand, Step
+from mergekit_bayes.merge.steps import LowRank, Operand, Options, Step
 from mergekit_bayes.merge.task import Task
 from mergekit_bayes.recipe import MergeRecipe
 
@@ -87,13 +87,38 @@ class Setting:
                 path = ("models", index, "parameters", "weight")
                 raise RecipeError(recipe.describe(path, f"no filter gives tensor {name} a weight."))
             weights.append(float(weight))
-        parameters = {
-            key: recipe.setting(key, tensor_name=name, t=position) for key in recipe.parameters if key != "weight"
-        }
         try:
-            return self.method.effective_weights(weights, {k: v for k, v in parameters.items() if v is not None})
+            return self.method.effective_weights(weights, self._parameters_at(name, position))
         except MethodError as error:
             raise MethodError(f"{name}: {error}") from error
+
+    def _parameters_at(self, name: str, position: float, source: int | None = None) -> dict[str, object]:
+        """The method's parameters for one tensor, without weights and defaults, of a source or of the whole merge."""
+        recipe = self.recipe
+        known = recipe.parameters if source is None else (*recipe.models[source].parameters, *recipe.parameters)
+        found = {
+            key: recipe.setting(key, tensor_name=name, t=position, source=source) for key in known if key != "weight"
+        }
+        return {key: value for key, value in found.items() if value is not None}
+
+    def options_at(self, name: str, position: float, labels: Sequence[str]) -> Options:
+        """The parameters that the method's kernel takes by keyword, for one tensor.
+
+        Args:
+            name: name of the tensor in the base, which filters look at.
+            position: its layer position in [0, 1].
+            labels: of the sources that the kernel is given, in their order; parameters that may differ between
+                sources come as one value for each.
+        """
+        if not self.method.options:
+            return ()
+        index = dict(zip((source.label for source in self.sources), self.indices, strict=True))
+        own = [self._parameters_at(name, position, index[label]) for label in labels]
+        try:
+            return tuple(self.method.kernel_options(self._parameters_at(name, position), own).items())
+        except MethodError as error:
+            self.problems.append(MethodError(f"{name}: {error}"))
+            return ()
 
     def try_weights(self, name: str, position: float) -> tuple[float, ...] | None:
         """`weights_at`, with a failure added to the problems instead of raised."""

@@ -3,6 +3,7 @@
 An `Operand` is one posterior of one tensor as it lies on disk; a step turns operands into output tensors:
 
     MergeStep    elementwise, streamed in blocks: dense weights, modules that an adapter saved whole
+    TensorStep   the same tensors where the merge has to see them whole
     CopyStep     bytes that every input must share: non-float tensors, weights that no source touches
     ModuleStep   one adapted linear layer, adapter in and adapter out: stack, product or factor (see `lora`)
 
@@ -80,6 +81,11 @@ class Operand:
     prior_share: float | None = None
 
     @property
+    def place(self) -> str:
+        """The input and its file, as messages name them."""
+        return f"{self.label} ({self.mean.path if self.mean is not None else 'adapter'})"
+
+    @property
     def has_precision(self) -> bool:
         """Whether any precision is known for this operand."""
         return self.precision is not None or (self.low_rank is not None and self.low_rank.precision_a is not None)
@@ -89,6 +95,10 @@ class Operand:
         """Every tensor that has to be read, in a fixed order."""
         dense = tuple(tensor for tensor in (self.mean, self.precision) if isinstance(tensor, TensorInfo))
         return dense + (self.low_rank.tensors if self.low_rank is not None else ())
+
+
+Options = tuple[tuple[str, object], ...]
+"""The parameters that a kernel takes by keyword, with their values for one tensor; hashable."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,7 @@ class MergeStep:
         sources: the task posteriors; a full merge has them in the order of their labels, so that the order of the
             recipe does not decide how sums are rounded.
         weights: one effective weight per source.
+        options: the method's own parameters, as its kernel takes them.
     """
 
     name: str
@@ -113,6 +124,7 @@ class MergeStep:
     base: Operand
     sources: tuple[Operand, ...]
     weights: tuple[float, ...]
+    options: Options = ()
 
     @property
     def numel(self) -> int:
@@ -135,6 +147,18 @@ class MergeStep:
     def inputs(self) -> tuple[TensorInfo, ...]:
         """Every tensor that has to be read."""
         return self.base.tensors + tuple(tensor for source in self.sources for tensor in source.tensors)
+
+
+@dataclass(frozen=True)
+class TensorStep(MergeStep):
+    """Merge one dense tensor that has to be whole in memory: the method, or a posterior's family, is not elementwise.
+
+    Attributes:
+        transposed: the weight of a linear layer is stored as (in_features, out_features); it is merged as
+            (out_features, in_features).
+    """
+
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +220,8 @@ class ModuleStep:
         weights: one effective weight per source.
         scaling: in factor space, the scaling that B refers to while it is merged; it is baked into the result.
         transposed: the base stores its weight, and the precision of it, as (in_features, out_features).
+        options: the method's own parameters, as its kernel takes them.
+        whole: in product space, whether the method has to see all of dW at once.
     """
 
     name: str
@@ -213,6 +239,8 @@ class ModuleStep:
     weights: tuple[float, ...]
     scaling: float = 1.0
     transposed: bool = False
+    options: Options = ()
+    whole: bool = False
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

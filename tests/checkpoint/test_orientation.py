@@ -9,7 +9,7 @@ import torch
 from mergekit_bayes.checkpoint.adapter import Adapter, LoraModule, open_adapter
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.index import open_checkpoint
-from mergekit_bayes.checkpoint.orientation import orient
+from mergekit_bayes.checkpoint.orientation import orient, transposed_weights
 
 
 def info(name: str, *shape: int) -> TensorInfo:
@@ -109,3 +109,21 @@ def test_as_peft_stores_it_even_where_the_saved_flag_is_wrong(tiny_checkpoint, t
         if module.kind == "linear":
             assert module.transposed == layer.fan_in_fan_out, name
         assert module.weight_shape == tuple(layer.get_base_layer().weight.shape)
+
+
+def test_weights_that_a_checkpoint_stores_transposed() -> None:
+    tensors = {
+        "wte.weight": (9, 4),
+        "h.0.attn.weight": (4, 12),
+        "h.0.attn.bias": (12,),
+        "h.0.proj.weight": (4, 4),
+        "h.0.proj.bias": (4,),
+        "h.0.gate.weight": (4, 2),
+        "h.0.norm.weight": (4,),
+        "h.1.up.weight": (6, 4),
+        "h.1.up.bias": (6,),
+        "h.1.square.weight": (4, 4),
+        "h.2.up.weight": (6, 4),
+    }
+    found = transposed_weights({name: info(name, *shape) for name, shape in tensors.items()})
+    assert found == {"h.0.attn.weight", "h.0.proj.weight", "h.0.gate.weight"}

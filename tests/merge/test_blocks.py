@@ -8,10 +8,11 @@ from torch import Tensor
 
 from mergekit_bayes.merge import blocks
 from mergekit_bayes.merge.blocks import Formula, Merged, Stored, combine, in_chunks
-from mergekit_bayes.merge.registry import get_method, method_names
+from mergekit_bayes.merge.registry import get_method, methods
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WITH_PRECISION = tuple(name for name in method_names() if get_method(name).precision != "unused")
+IN_BLOCKS = tuple(method.name for method in methods() if method.scope == "element")
+WITH_PRECISION = tuple(name for name in IN_BLOCKS if get_method(name).precision != "unused")
 
 
 def formula(method: str, **changes: object) -> Formula:
@@ -39,7 +40,7 @@ def same(left: Tensor | None, right: Tensor | None) -> bool:
     return left.dtype == right.dtype and torch.equal(left, right)
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", IN_BLOCKS)
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 29])
 @pytest.mark.parametrize("isotropic", [False, True])
 def test_pieces_have_the_bits_of_the_whole(
@@ -63,7 +64,7 @@ def test_pieces_have_the_bits_of_the_whole(
         assert whole.lowest_precision == whole.precision.amin() if whole.precision is not None else False
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", IN_BLOCKS)
 @pytest.mark.parametrize("kind", DTYPES)
 def test_blocks_leave_in_the_dtype_they_are_written_in(method: str, kind: torch.dtype) -> None:
     sources = [stored(seed, 12, dtype=kind) for seed in (1, 2)]

@@ -12,7 +12,7 @@ import torch
 
 from mergekit_bayes.merge.load import load_recipe
 from mergekit_bayes.merge.plan import plan_merge
-from mergekit_bayes.merge.registry import get_method, method_names
+from mergekit_bayes.merge.registry import get_method, methods
 from mergekit_bayes.merge.run import merge, run_merge
 from tests.merge.builders import (
     random_precisions,
@@ -35,7 +35,7 @@ from tests.merge.dense_problem import (
 )
 from tests.merge.truth import assert_one_rounding, mismatch
 
-METHODS = method_names()
+METHODS = tuple(method.name for method in methods() if method.scope == "element")
 WITH_PRECISION = tuple(name for name in METHODS if get_method(name).precision != "unused")
 WITH_PRIOR = tuple(name for name in METHODS if get_method(name).prior == "required")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergekit_bayes.errors import MergekitBayesError
 from mergekit_bayes.merge.inputs import open_input
-from mergekit_bayes.merge.registry import method_names
+from mergekit_bayes.merge.registry import methods
 from mergekit_bayes.merge.run import merge
 from tests.merge.builders import (
     factor_names,
@@ -103,7 +103,7 @@ def recipe(root: Path, method: str, references: list[str], **extra: object) -> d
 
 FULL_CASES = [
     (method, own_models)
-    for method in method_names()
+    for method in (each.name for each in methods() if each.scope == "element")
     for own_models in (False, True)
     # weights that the adapters' models do not share and no adapter changes have no precision
     if not (own_models and method == "hessian_weighted")

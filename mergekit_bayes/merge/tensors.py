@@ -1,0 +1,74 @@
+"""Merge one dense tensor that has to be whole in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergekit_bayes.errors import NonFiniteError
+from mergekit_bayes.merge.apply import Record, apply_method, floored, labelled
+from mergekit_bayes.merge.checks import check_block, require_positive
+from mergekit_bayes.merge.operands import OperandReader
+from mergekit_bayes.merge.plan import MergePlan
+from mergekit_bayes.merge.sink import Sink
+from mergekit_bayes.merge.steps import TensorStep
+from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior.mismatch import mismatch
+
+
+def run_tensor(step: TensorStep, plan: MergePlan, operands: OperandReader, sink: Sink) -> Record:
+    """Merge one tensor and write it.
+
+    Args:
+        step: the tensor.
+        plan: for the method and the options of the recipe.
+        operands: reader of the inputs.
+        sink: where the result goes.
+
+    Returns:
+        What was measured: what the method reports, mismatch, floored precisions.
+
+    Raises:
+        NonFiniteError: an input or the result holds NaN or infinity.
+        NonPositivePrecisionError: negative weights take more precision away than there is.
+        NumericalError: the method could not do its work.
+    """
+    if step.numel == 0:
+        _write(step, sink, torch.empty(step.shape), torch.empty(step.shape))
+        return {}
+    base, sources = _posteriors(step, operands)
+    merged, measures = apply_method(plan, step, base, sources, step.weights)
+    record = labelled(measures, [source.label for source in step.sources])
+    precision = merged.precision_tensor()
+    if plan.method.precision != "unused":
+        require_positive(step, precision.expand_as(merged.mean))
+        record |= floored(plan, precision.expand_as(merged.mean))
+        gaps = [float(mismatch(merged.mean, source, base)) for source in sources]
+        record["mismatch"] = {source.label: gap for source, gap in zip(step.sources, gaps, strict=True)}
+    _write(step, sink, merged.mean, (precision * plan.precision_scale).expand_as(merged.mean))
+    return record
+
+
+def _posteriors(step: TensorStep, operands: OperandReader) -> tuple[Posterior, list[Posterior]]:
+    """Base and sources in the orientation of linear layers, their means known to be finite."""
+    base = operands.posterior(step.base, step, None)
+    sources = [operands.posterior(source, step, base.precision_tensor()) for source in step.sources]
+    for operand, posterior in zip((step.base, *step.sources), (base, *sources), strict=True):
+        check_block(posterior.mean, step.name, operand.place)
+    return base, sources
+
+
+def _write(step: TensorStep, sink: Sink, mean: Tensor, precision: Tensor) -> None:
+    (entry,) = step.entries
+    try:
+        sink.mean(entry, _as_stored(step, mean), "the merge")
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"{step.name}: every input is finite but the merged values are not, or do not fit {step.dtype}; "
+            "choose a wider out_dtype, or smaller weights"
+        ) from error
+    sink.precisions({entry: _as_stored(step, precision) for entry in step.precision_entries})
+
+
+def _as_stored(step: TensorStep, values: Tensor) -> Tensor:
+    return values.T if step.transposed else values
