@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.func import functional_call
 
 from mergekit_bayes.checkpoint.reader import BlockReader
 from mergekit_bayes.checkpoint.sidecar import open_sidecar
-from mergekit_bayes.precision.fisher import FisherSum, diagonal_fisher
+from mergekit_bayes.precision.registry import create
+from mergekit_bayes.precision.targets import find_targets
 
 HERE = Path(__file__).parent
 EXAMPLE = Path(__file__).parents[2] / "examples" / "stdlib_lm"
@@ -41,30 +41,19 @@ def training_windows(domain: str, base: Path, rows: int) -> torch.Tensor:
     return windows[torch.linspace(0, len(windows) - 1, min(rows, len(windows))).long()]
 
 
-def factor_fisher(base: Path, adapter: Path, windows: torch.Tensor, *, seed: int) -> FisherSum:
-    """Fisher diagonal of an adapter's factors, summed over windows; names as in the model in memory."""
+def factor_fisher(base: Path, adapter: Path, windows: torch.Tensor, *, seed: int) -> dict[str, torch.Tensor]:
+    """Fisher diagonal of an average token, of an adapter's factors; names as in the model in memory."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    # attention in a form that torch.func can map over examples
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True).eval()
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    fixed = {name: value for name, value in model.named_parameters() if not value.requires_grad}
-
-    def predict(
-        params: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor], row: Mapping[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        arguments = {"input_ids": row["ids"].unsqueeze(0), "use_cache": False}
-        logits = functional_call(model, {**params, **buffers}, (), arguments).logits
-        return logits[0, :-1], torch.ones(logits.shape[1] - 1)
-
-    batches = ({"ids": rows} for rows in windows.split(32))
-    generator = torch.Generator().manual_seed(seed)
-    return diagonal_fisher(predict, trained, fixed, batches, generator=generator, chunk_size=4)
+    estimator = create("fisher", model, find_targets(model, space="factor"), seed=seed, chunk_size=8)
+    counts = estimator.update({"input_ids": windows, "labels": windows, "row": torch.arange(len(windows))})
+    return {name: value / counts.units for name, value in estimator.result(counts).items()}
 
 
-def compare(adapter: Path, fisher: FisherSum) -> dict[str, dict[str, float]]:
+def compare(adapter: Path, fisher: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
     """Ratio and rank correlation of both curvatures, for the factors A and B apart."""
     sidecar = open_sidecar(adapter)
     units, decay = sidecar.metadata.num_examples, sidecar.metadata.weight_decay
@@ -72,10 +61,10 @@ def compare(adapter: Path, fisher: FisherSum) -> dict[str, dict[str, float]]:
     assert decay is not None
     parts: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"A": [], "B": []}
     with BlockReader() as reader:
-        for name, squares in fisher.squares.items():
+        for name, diagonal in fisher.items():
             stored = reader.read_tensor(sidecar.tensors[name.replace(".default.", ".")])
             part = "A" if "lora_A" in name else "B"
-            parts[part].append(((stored.double() / units - decay).flatten(), squares.flatten() / fisher.num_tokens))
+            parts[part].append(((stored.double() / units - decay).flatten(), diagonal.flatten()))
     return {part: _agreement(torch.cat([a for a, _ in p]), torch.cat([b for _, b in p])) for part, p in parts.items()}
 
 

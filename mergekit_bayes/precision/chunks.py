@@ -84,7 +84,7 @@ def chunks(batch: Mapping[str, Tensor], size: int) -> Iterator[Chunk]:
         raise DataError(f"a batch has {shapes}; expected (rows, tokens) or (rows,), and (rows,)")
     wanted = pad(labels[:, 1:], (0, 1), value=IGNORED) if labels.dim() == 2 else labels
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "row")}
-    labelled = (wanted != IGNORED).reshape(len(numbers), -1).any(1).nonzero().squeeze(1)
-    for part in labelled.split(size):  # type: ignore[no-untyped-call]
+    labelled = (wanted != IGNORED if wanted.dim() == 1 else (wanted != IGNORED).any(1)).nonzero().squeeze(1)
+    for part in labelled.split(size) if len(labelled) else ():  # type: ignore[no-untyped-call]
         cut = {name: value[part.to(value.device)] for name, value in inputs.items()}
         yield Chunk(cut, wanted[part], tuple(numbers[n] for n in part.tolist()))

@@ -92,6 +92,20 @@ class Convergence:
             found.append(Change(units, since, moved))
         return found
 
+    def since_half(self) -> Sequence[Change]:
+        """Returns how far each record moved from the newest one of at most half its units; none without such a one.
+
+        The last of them is the estimate of the relative error; all of them show how it fell.
+        """
+        found = []
+        for place, (units, new) in enumerate(self.records):
+            half = [record for record in self.records[:place] if 2 * record[0] <= units]
+            if half:
+                since, old = half[-1]
+                moved = {name: _relative(old[name] / since, new[name] / units) for name in sorted(new)}
+                found.append(Change(units, since, moved))
+        return found
+
 
 def _relative(old: Tensor, new: Tensor) -> float:
     moved, size = float((new - old).norm()), float(new.norm())

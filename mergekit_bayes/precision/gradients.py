@@ -96,7 +96,9 @@ def add_squares(total: Tensor, uses: Sequence[tuple[Rule, Use]], rows: int) -> N
     at_once = max(1, _ENTRIES // total.numel())
     for start in range(0, rows if known else 0, at_once):
         part = slice(start, start + at_once)
-        gradient: Tensor = sum(rule(use, rows, part) for rule, use in known)  # type: ignore[assignment]
+        gradient, *others = (rule(use, rows, part) for rule, use in known)
+        for other in others:
+            gradient += other
         if at_once == 1:
             total.addcmul_(gradient[0].to(total.dtype), gradient[0].to(total.dtype))
         else:

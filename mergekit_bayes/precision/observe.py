@@ -8,7 +8,7 @@ finite.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +90,9 @@ def observe(
     ):
         logits = logits_of(model, chunk.inputs)
         seen = hooks.observation
+        if logits.numel() and not logits.detach().amax().isfinite():  # a class may be ruled out by minus infinity
+            seen.finite = False
+            return seen
         if signal is not None:
             sent = _sent(logits, chunk, signal, seed)
             inputs = [*direct.values(), *hooks.starts]
@@ -97,7 +100,7 @@ def observe(
                 gradients = torch.autograd.grad(logits, inputs, sent, allow_unused=True)
                 found = zip(direct, gradients, strict=False)
                 seen.direct = {name: gradient for name, gradient in found if gradient is not None}
-    seen.finite = _all_finite([logits.detach(), *_tensors(seen)])
+    seen.finite = _all_finite(_tensors(seen))
     return seen
 
 
@@ -235,7 +238,7 @@ def _tensors(seen: Observation) -> Iterator[Tensor]:
     yield from seen.direct.values()
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
     # minimum and maximum pass NaN on, and are found several times faster than every number is checked
     verdicts = [torch.stack(each.aminmax()).isfinite().all() for each in tensors if each.numel()]
-    return all(bool(verdict) for verdict in torch.stack([v.to(verdicts[0].device) for v in verdicts]))
+    return not verdicts or bool(torch.stack([verdict.to(verdicts[0].device) for verdict in verdicts]).all())
