@@ -82,3 +82,22 @@ def exact_fisher(model: nn.Module, batch: Mapping[str, Tensor], parameters: Mapp
                     vector = gradient.flatten()
                     total[name] += label.exp().detach() * torch.outer(vector, vector)
     return total
+
+
+def layer_vectors(
+    model: nn.Module, row: Mapping[str, Tensor], path: str, signal: Signal, *, seed: int
+) -> tuple[Tensor, Tensor]:
+    """What goes into a module and the gradient of what comes out, for each token of one row, (tokens, features)."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        output.retain_grad()
+        seen.extend((arguments[0].detach(), output))
+
+    handle = model.get_submodule(path).register_forward_hook(keep)
+    logits, labels = logits_and_labels(model, row)
+    handle.remove()
+    logits.backward(signal(logits.detach(), labels, row_generator(seed, int(row["row"]))))
+    model.zero_grad()
+    value, output = seen
+    return value.flatten(0, -2), output.grad.flatten(0, -2)
