@@ -22,7 +22,7 @@ PACKAGE = ROOT / "mergekit_bayes"
 # A module imports from itself and from the rows below; names in one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("finetune", "merge", "preview"),
+    ("estimate", "finetune", "merge", "preview"),
     ("evaluate",),
     ("data", "model"),
     ("recipe", "checkpoint"),

@@ -15,6 +15,7 @@
     reader       blocks of tensors from disk
     layout       where every tensor of an output goes
     writer       blocks of tensors to disk
+    tensors      whole tensors to one file and back
     output       the output folder: published whole or not at all; its parts are
                  placement (may it go there), lock, work (where it is prepared) and journal (what is finished)
     disk         durable files, free space, and readable system errors

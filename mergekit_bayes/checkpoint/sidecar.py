@@ -243,8 +243,11 @@ def _dtype_fault(info: TensorInfo) -> CheckpointError | None:
 
 
 def _updated(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """What product space describes: updates as (out, in) by the name of the base's weight, and tensors stored whole."""
-    updates = {adapter.base_tensor(name): (m.b.shape[0], m.a.shape[1]) for name, m in adapter.modules.items()}
+    """What product space describes: updates as (out, in), of embeddings (words, length), and tensors stored whole."""
+    updates = {}
+    for name, module in adapter.modules.items():
+        sides = (module.b.shape[0], module.a.shape[1])
+        updates[adapter.base_tensor(name)] = sides[::-1] if module.kind == "embedding" else sides
     return {**updates, **{name: info.shape for name, info in adapter.saved.items()}}
 
 

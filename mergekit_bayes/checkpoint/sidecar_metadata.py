@@ -37,7 +37,8 @@ class SidecarMetadata:
         estimator: what estimated the precision, such as `ivon` or `fisher`; `merged` for the result of a
             merge.
         space: `factor` if the tensors described are adapter factors, `full` if they are weights, `product` if they
-            are the updates dW of an adapter, as (out, in), by the names of the base's weights.
+            are the updates dW of an adapter, as (out, in), of embeddings as (words, length), by the names of the
+            base's weights.
         mean_fingerprint: fingerprint of the checkpoint or adapter described.
         loss_unit: what N counts, `token` or `example`; None if sources of a merge counted differently.
         num_examples: N, the number of training units the loss is summed over.

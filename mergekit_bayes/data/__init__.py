@@ -6,6 +6,7 @@
     batches              the optimizer steps of one epoch, as one process sees them
     steps_per_epoch      how many those are
     evaluation_batches   every row once, over all processes
+    deal                 some rows once, over all processes
     collate              rows -> tensors
     packing_fault        why a model cannot learn packed rows, if it cannot
 
@@ -15,7 +16,7 @@ Neither torch nor transformers nor datasets is imported before it is needed.
 from __future__ import annotations
 
 from mergekit_bayes.data.collate import collate
-from mergekit_bayes.data.deal import batches, evaluation_batches, steps_per_epoch
+from mergekit_bayes.data.deal import batches, deal, evaluation_batches, steps_per_epoch
 from mergekit_bayes.data.load import TrainingData, load_training_data
 from mergekit_bayes.data.order import epoch_order, epoch_shares
 from mergekit_bayes.data.packing_fault import packing_fault
@@ -33,6 +34,7 @@ __all__ = [
     "TrainingData",
     "batches",
     "collate",
+    "deal",
     "epoch_order",
     "epoch_shares",
     "evaluation_batches",

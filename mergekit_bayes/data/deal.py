@@ -42,7 +42,7 @@ def batches(
     size = batch_size * world * accumulation
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        yield _dealt(rows, chosen, batch_size=batch_size, rank=rank, world=world), int(rows.units[chosen].sum())
+        yield deal(rows, chosen, batch_size=batch_size, rank=rank, world=world), int(rows.units[chosen].sum())
 
 
 def steps_per_epoch(rows: Rows, *, batch_size: int, world: int = 1, accumulation: int = 1) -> int:
@@ -63,11 +63,22 @@ def evaluation_batches(rows: Rows, *, batch_size: int, rank: int = 0, world: int
         Indices into `rows`; the last batches may be shorter or empty.
     """
     everything = np.arange(len(rows), dtype=np.int64)
-    yield from _dealt(rows, everything, batch_size=batch_size, rank=rank, world=world)
+    yield from deal(rows, everything, batch_size=batch_size, rank=rank, world=world)
 
 
-def _dealt(rows: Rows, chosen: Integers, *, batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """This process's micro-batches of some rows: as few as hold them, as even as they can be."""
+def deal(rows: Rows, chosen: Integers, *, batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """This process's micro-batches of some rows: as few as hold them, as even as they can be, long rows first.
+
+    Args:
+        rows: all rows.
+        chosen: indices of those that are dealt out.
+        batch_size: rows per micro-batch.
+        rank: which process.
+        world: number of processes.
+
+    Returns:
+        Indices into `rows`; as many lists on every process, some of which may be empty.
+    """
     ordered = chosen[np.argsort(-rows.lengths[chosen], kind="stable")]
     count = math.ceil(len(ordered) / (batch_size * world))
     slots = np.array_split(ordered, count * world)  # the first ones are longer by one row at most

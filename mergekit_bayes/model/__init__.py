@@ -8,7 +8,8 @@
     check_launch          do the processes of this run know of each other
 
 The files: base (found, checked), tokens, pretrained, head (of a classification), quantisation, lora, targets and load
-make the model; names, save and sidecar write it; launch; library (transformers without its noise).
+make the model; names, save and sidecar write it; trained loads what was trained
+as it is; launch; library (transformers without its noise); environment (for reports).
 """
 
 from __future__ import annotations

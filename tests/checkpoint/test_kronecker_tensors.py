@@ -229,7 +229,7 @@ def product_problems(folder: Path, tensors: dict[str, Tensor], **changes: object
 
 
 def test_product_space_describes_updates_by_the_names_of_the_base(adapter: Path) -> None:
-    whole = {"h.q.weight": torch.ones(3, 5), "e.weight": torch.ones(4, 7), "score.weight": torch.ones(2, 3)}
+    whole = {"h.q.weight": torch.ones(3, 5), "e.weight": torch.ones(7, 4), "score.weight": torch.ones(2, 3)}
     assert product_problems(adapter, whole, family="diagonal", prior_precision=None) == []
     assert product_problems(adapter, {**factors("h.q.weight"), "score.weight": torch.ones(2, 3)}) == []
     assert product_problems(adapter, corrected("h.q.weight")) == []
