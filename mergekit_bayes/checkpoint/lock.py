@@ -15,7 +15,7 @@ from mergekit_bayes.checkpoint.files import shown
 from mergekit_bayes.errors import OutputError
 
 _PATIENCE = 0.5
-"""Seconds during which a taken lock is tried again: `is_held` takes it for an instant to find out."""
+"""Seconds during which a taken lock is tried again: its holder may just be leaving."""
 
 
 class FolderLock:
@@ -66,17 +66,6 @@ class FolderLock:
         """Whether this object holds the lock."""
         return self._descriptor is not None
 
-    def is_held(self) -> bool:
-        """Whether any process holds the lock at this moment."""
-        try:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return False
-        try:
-            return not _lock_at_once(descriptor, fcntl.LOCK_SH)
-        finally:
-            os.close(descriptor)
-
     def _try(self) -> bool:
         with disk_errors(self.path.parent, "create"):
             self.path.parent.mkdir(exist_ok=True)
@@ -90,7 +79,7 @@ class FolderLock:
             raise
         try:
             with disk_errors(self.path, "lock"):
-                mine = _lock_at_once(descriptor, fcntl.LOCK_EX) and self._is_still(descriptor)
+                mine = _lock_at_once(descriptor) and self._is_still(descriptor)
                 if mine:
                     _sign(descriptor)
         except BaseException:
@@ -125,9 +114,9 @@ def _sign(descriptor: int) -> None:
         os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
 
-def _lock_at_once(descriptor: int, kind: int) -> bool:
+def _lock_at_once(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,6 @@ from mergekit_bayes.checkpoint.work import WorkFolder
 from mergekit_bayes.errors import CheckpointError, MethodError, NumericalError, OutputError, RecipeError
 
 _HOPELESS = (RecipeError, CheckpointError, MethodError, NumericalError)
-_POLL = 0.05  # seconds between two looks at what another process has done
 
 
 class OutputFolder:
@@ -29,8 +27,8 @@ class OutputFolder:
     the same job would meet again, an unreadable input or illegal numbers, throws it away, and not even that if
     what was finished is `precious`.
 
-    Several processes may share one output: the leader alone locks, clears and publishes; the others call
-    `wait_ready` first.
+    Several processes may share one output: the leader alone locks, clears and publishes; the others write
+    to `staging` and see what is `finished`, once the leader has entered the context and told them so.
 
     Args:
         path: the folder to publish; it and its parents need not exist, symbolic links are followed.
@@ -137,17 +135,6 @@ class OutputFolder:
         hopeless = isinstance(error, _HOPELESS) and not isinstance(error, OutputError)
         self._leave(keep=self.precious or not hopeless)
 
-    def wait_ready(self, timeout: float) -> None:
-        """Wait, in a process that is not the leader, until the leader has prepared the staging folder.
-
-        Args:
-            timeout: longest wait in seconds.
-
-        Raises:
-            OutputError: the leader was not ready in time.
-        """
-        self._wait(lambda: self._work.is_ready(self.job), time.monotonic() + timeout, "the leading process")
-
     def finished(self, item: str) -> Record | None:
         """What `finish` was told about `item`, by any process in any run of this job; None if not done."""
         return self._work.journal.get(item)
@@ -175,20 +162,6 @@ class OutputFolder:
             OutputError: the disk failed.
         """
         self._work.journal.remove(item)
-
-    def wait_finished(self, items: Iterable[str], timeout: float) -> None:
-        """Wait until every one of `items` is finished, by whichever process.
-
-        Args:
-            items: names as given to `finish`.
-            timeout: longest wait in seconds, for all of them.
-
-        Raises:
-            OutputError: some were not finished in time; the message names the first.
-        """
-        deadline = time.monotonic() + timeout
-        for item in items:
-            self._wait(self._finisher(item), deadline, f"`{shown(item)}` of another process")
 
     def publish(self) -> None:
         """Put the staged files in place, as the only content of the target, and remove the working folder.
@@ -227,12 +200,3 @@ class OutputFolder:
             for folder in reversed(self._made):
                 folder.rmdir()
         self._work.lock.release()
-
-    def _finisher(self, item: str) -> Callable[[], bool]:
-        return lambda: self.finished(item) is not None
-
-    def _wait(self, done: Callable[[], bool], deadline: float, what: str) -> None:
-        while not done():
-            if time.monotonic() > deadline:
-                raise OutputError(f"{shown(self.target)}: gave up waiting for {what}, which may have failed")
-            time.sleep(_POLL)

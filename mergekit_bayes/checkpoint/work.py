@@ -4,7 +4,6 @@ It stands beside the target, so that a rename can publish it, and is called `.<n
 
     mergekit_bayes.lock   locked while a process works here; also marks the folder as ours
     job                   which work this is; anything begun for another one is thrown away
-    ready                 written when other processes of the same work may begin
     journal/              one small file per finished item
     staging/              the files as they will be published
     replaced/             the former content of the target, while it is being replaced
@@ -32,7 +31,7 @@ from mergekit_bayes.errors import OutputError
 
 
 class WorkFolder:
-    """What happens beside a target; everything but `exists` and `is_ready` needs the lock.
+    """What happens beside a target; everything but `exists` needs the lock.
 
     Args:
         target: from `placement.resolve_target`.
@@ -45,22 +44,12 @@ class WorkFolder:
         self.journal = Journal(self.path / "journal", self.staging)
         self.lock = FolderLock(self.path / LOCK_NAME, target)
         self._job = self.path / "job"
-        self._ready = self.path / "ready"
         self._replaced = self.path / "replaced"
         self._discarded = self.path / "discarded"
 
     def exists(self) -> bool:
         """Whether there is one from an earlier or a present run."""
         return os.path.lexists(self.path) and is_ours(self.path)
-
-    def is_ready(self, job: str) -> bool:
-        """Whether a living leader has prepared the folder for `job`."""
-        try:
-            ready = self._ready.read_text() == job
-        except FileNotFoundError:
-            return False
-        # The mark alone may be from a run that was killed.
-        return ready and self.lock.is_held()
 
     def recover(self) -> None:
         """Finish or undo an interrupted publication: the target is complete afterwards, or was never there.
@@ -93,7 +82,6 @@ class WorkFolder:
             OutputError: the disk failed.
         """
         with disk_errors(self.path, "prepare"):
-            self._ready.unlink(missing_ok=True)
             if self._holds(job):
                 self._delete_unfinished()
             else:
@@ -104,7 +92,6 @@ class WorkFolder:
                 self.journal.folder.mkdir()
                 self.staging.mkdir()
                 write_atomically(self._job, job.encode())
-            write_atomically(self._ready, job.encode())
 
     def publish(self, *, overwrite: bool) -> None:
         """Put the staging folder in place of the target.
@@ -127,10 +114,7 @@ class WorkFolder:
 
     def suspend(self) -> None:
         """Leave everything for a later run and let the lock go."""
-        try:
-            self._ready.unlink(missing_ok=True)
-        finally:
-            self.lock.release()
+        self.lock.release()
 
     def remove(self) -> None:
         """Delete everything here, once nothing needs to be recovered, and let the lock go.

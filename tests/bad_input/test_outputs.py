@@ -92,9 +92,12 @@ def test_too_little_space_is_seen_before_any_work(
     refused("{root}/out:", "needed, 100 bytes free on the disk")
 
 
-def test_a_second_merge_into_the_same_folder_is_refused(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_merge_into_the_same_folder_is_refused(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mergekit_bayes.cli.main import main
 
+    monkeypatch.setattr("mergekit_bayes.checkpoint.lock._PATIENCE", 0.0)
     recipe = site.ask()
     with OutputFolder(site.out, overwrite=False, inputs=[], job="another"):
         before = snapshot(site.root)

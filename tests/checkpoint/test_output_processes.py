@@ -1,4 +1,4 @@
-"""Outputs and other processes: second writers, followers, signals."""
+"""Outputs and other processes: second writers, processes that do not lead, signals."""
 
 from __future__ import annotations
 
@@ -101,16 +101,17 @@ def test_a_lock_on_a_file_that_its_holder_has_just_deleted_is_worth_nothing(
     at_once = lock_module._lock_at_once
     calls = []
 
-    def after_the_holder_left(descriptor: int, kind: int) -> bool:
-        calls.append(kind)
+    def after_the_holder_left(descriptor: int) -> bool:
+        calls.append(descriptor)
         if len(calls) == 1:
             lock.path.unlink()
-        return at_once(descriptor, kind)
+        return at_once(descriptor)
 
     monkeypatch.setattr(lock_module, "_lock_at_once", after_the_holder_left)
     lock.acquire()
     assert len(calls) == 2
-    assert FolderLock(lock.path, tmp_path).is_held()
+    with pytest.raises(OutputError, match="another run"):
+        FolderLock(lock.path, tmp_path).acquire()
     lock.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -147,50 +148,17 @@ def test_a_signal_ends_the_merge_but_not_what_was_finished(tmp_path: Path, numbe
     assert contents(tmp_path / "out") == {"a": "of the child"}
 
 
-FOLLOW = """
-with OutputFolder(pathlib.Path("out"), overwrite=False, inputs=[], job="1", leader=False) as output:
-    output.wait_ready(30)
-    (output.staging / "b").write_text("of the follower")
-    output.finish("b", {"by": "the follower"})
-"""
-
-
-def test_a_leader_and_followers_make_one_output(tmp_path: Path) -> None:
-    child = run_python(FOLLOW, tmp_path)
-    with output_at(tmp_path / "out") as output:
-        (output.staging / "a").write_text("of the leader")
-        output.finish("a", {})
-        output.wait_finished(["a", "b"], 30)
-        assert output.finished("b") == {"by": "the follower"}
+def test_a_process_that_does_not_lead_sees_what_is_finished(tmp_path: Path) -> None:
+    with output_at(tmp_path / "out") as output, output_at(tmp_path / "out", leader=False) as other:
+        assert other.staging == output.staging
+        output.finish("a", {"by": "the leader"})
+        assert other.finished("a") == {"by": "the leader"}
+        other.finish("b", {"by": "another"})
+        assert output.finished("b") == {"by": "another"}
         output.publish()
-    out, err = child.communicate(timeout=30)
-    assert (child.returncode, out, err) == (0, "", "")
-    assert contents(tmp_path / "out") == {"a": "of the leader", "b": "of the follower"}
-    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_a_follower_waits_in_vain_for_a_leader_that_is_dead_or_does_another_job(tmp_path: Path) -> None:
-    child = run_python(HOLD, tmp_path)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    output_at(tmp_path / "out", leader=False).wait_ready(10)
-    with pytest.raises(OutputError, match="gave up waiting for the leading process"):
-        output_at(tmp_path / "out", leader=False, job="2").wait_ready(0.1)
-    child.kill()
-    child.communicate()
-    assert (tmp_path / ".out.partial" / "ready").read_text() == "1"
-    with pytest.raises(OutputError, match="gave up waiting for the leading process"):
-        output_at(tmp_path / "out", leader=False).wait_ready(0.1)
-
-
-def test_a_leader_does_not_wait_for_ever(tmp_path: Path) -> None:
-    with output_at(tmp_path / "out") as output:
-        output.finish("a", {})
-        with pytest.raises(OutputError, match="gave up waiting for `b` of another process"):
-            output.wait_finished(["a", "b"], 0.1)
-
-
-def test_a_follower_neither_locks_nor_clears_nor_publishes(tmp_path: Path) -> None:
+def test_a_process_that_does_not_lead_neither_locks_nor_clears_nor_publishes(tmp_path: Path) -> None:
     leave_unfinished(tmp_path / "out", job="2")
     before = sorted(tmp_path.rglob("*"))
     with output_at(tmp_path / "out", leader=False) as output, pytest.raises(ValueError, match="only the leader"):
