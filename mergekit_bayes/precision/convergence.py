@@ -55,7 +55,7 @@ class Convergence:
 
     Args:
         sums: of an estimator; only names, shapes and devices matter.
-        entries: sampled of each tensor, without replacement.
+        entries: sampled of each tensor; a few less where one was drawn twice.
         seed: of the sample; the same on all processes.
 
     Attributes:
@@ -64,7 +64,7 @@ class Convergence:
 
     def __init__(self, sums: Mapping[str, Tensor], *, entries: int = 256, seed: int = 0) -> None:
         self._places = {
-            name: torch.randperm(tensor.numel(), generator=row_generator(seed, index))[:entries].to(tensor.device)
+            name: _places(tensor.numel(), entries, row_generator(seed, index)).to(tensor.device)
             for index, (name, tensor) in enumerate(sorted(sums.items()))
             if tensor.dim() > 0 and tensor.numel() > 0
         }
@@ -105,6 +105,13 @@ class Convergence:
                 moved = {name: _relative(old[name] / since, new[name] / units) for name in sorted(new)}
                 found.append(Change(units, since, moved))
         return found
+
+
+def _places(size: int, entries: int, generator: torch.Generator) -> Tensor:
+    if size <= entries:
+        return torch.arange(size)
+    drawn: Tensor = torch.randint(size, (entries,), generator=generator).unique()  # type: ignore[no-untyped-call]
+    return drawn  # a permutation would be as large as the tensor
 
 
 def _relative(old: Tensor, new: Tensor) -> float:
