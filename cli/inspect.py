@@ -15,6 +15,7 @@ from .failure import exit_codes
 if TYPE_CHECKING:
     from mergekit_bayes.checkpoint.adapter import LoraModule
     from mergekit_bayes.checkpoint.header import TensorInfo
+    from mergekit_bayes.checkpoint.sidecar import Sidecar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,29 @@ def _sidecar(path: Path) -> _Part:
     from mergekit_bayes.checkpoint.sidecar import open_sidecar
 
     sidecar = open_sidecar(path)
-    return _Part(f"{path}: precision sidecar", dataclasses.asdict(sidecar.metadata), sidecar.tensors)
+    facts = dataclasses.asdict(sidecar.metadata)
+    if sidecar.metadata.family == "kronecker":
+        facts = {"factors": _factors(sidecar), **facts}
+    return _Part(f"{path}: precision sidecar", facts, sidecar.tensors)
+
+
+def _factors(sidecar: Sidecar) -> str:
+    """How many layers have which factors, and how many tensors none."""
+    from mergekit_bayes.checkpoint.kronecker_tensors import PARTS, factored_weights, kronecker_tensors
+
+    kinds: Counter[str] = Counter()
+    terms = 0
+    layers = factored_weights(sidecar.tensors)
+    for weight in layers:
+        found = kronecker_tensors(sidecar, weight)
+        assert found is not None  # the weight has factors
+        held = [part.replace("_", " ") for part, info in zip(PARTS, found, strict=True) if info is not None]
+        kinds[" and ".join(held)] += 1
+        terms = max(terms, found.terms)
+    rest = len(sidecar.tensors) - sum(len(parts) for parts in layers.values())
+    told = [f"{count} layers with {kind}" for kind, count in sorted(kinds.items())]
+    told += [f"up to {terms} terms"] if terms > 1 else []
+    return ", ".join([*told, f"{rest} diagonals"])
 
 
 def _modules(modules: Iterable[LoraModule]) -> str:

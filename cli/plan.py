@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -12,7 +12,7 @@ from .arguments import Changes, Out, Recipe, given_only, load, refuse_options
 from .failure import exit_codes
 
 if TYPE_CHECKING:
-    from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe
+    from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe, PrecisionRecipe
 
 
 def plan(
@@ -44,14 +44,33 @@ def _merge(recipe: MergeRecipe, out: Path | None, options: Mapping[str, Any]) ->
 
 def _finetune(recipe: FinetuneRecipe, out: Path | None, options: Mapping[str, Any]) -> str:
     refuse_options(recipe.kind, options, "it has no list of tensors.")
-    if out is not None:
-        output = recipe.output.model_copy(update={"path": str(out)})
-        recipe = recipe.model_copy(update={"output": output})
 
     from mergekit_bayes.finetune.run import describe
 
-    return describe(recipe)
+    return describe(_to(recipe, out))
 
 
-_PLANS: Mapping[str, Callable[[Any, Path | None, Mapping[str, Any]], str]] = {"merge": _merge, "finetune": _finetune}
+def _precision(recipe: PrecisionRecipe, out: Path | None, options: Mapping[str, Any]) -> str:
+    refuse_options(recipe.kind, options, "it has no list of tensors.")
+
+    from mergekit_bayes.estimate.describe import describe
+
+    return describe(_to(recipe, out))
+
+
+R = TypeVar("R", "FinetuneRecipe", "PrecisionRecipe")
+
+
+def _to(recipe: R, out: Path | None) -> R:
+    """The recipe with the output folder of the command line."""
+    if out is None:
+        return recipe
+    return recipe.model_copy(update={"output": recipe.output.model_copy(update={"path": str(out)})})
+
+
+_PLANS: Mapping[str, Callable[[Any, Path | None, Mapping[str, Any]], str]] = {
+    "merge": _merge,
+    "finetune": _finetune,
+    "precision": _precision,
+}
 """What describes the recipes of each kind."""

@@ -14,7 +14,7 @@ from .arguments import Changes, Out, Recipe, given_only, load, number_of_bytes, 
 from .failure import exit_codes
 
 if TYPE_CHECKING:
-    from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe
+    from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe, PrecisionRecipe
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,18 @@ def run(  # noqa: PLR0913  (one argument per option)
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     changes: Changes = None,
 ) -> None:
-    """Merge or fine-tune models as a recipe says.
+    """Merge or fine-tune models, or estimate their precision, as a recipe says.
 
     The output folder holds a checkpoint or adapter that from_pretrained loads, its precision sidecar, the
     resolved recipe and a report. It appears when it is complete; a run that was cut short is continued by the
-    same command.
+    same command. A precision recipe adds the sidecar to the folder of the model or adapter, or to OUT.
     """
     options = given_only(device=device, threads=threads, max_memory=max_memory, compile=compile)
     with exit_codes():
         from mergekit_bayes.errors import RecipeError
 
         checked = load(recipe, changes)
-        if out is None and checked.output.path is None:
+        if out is None and checked.output.path is None and checked.kind != "precision":
             hint = "missing; name a folder there, or after the recipe on the command line."
             raise RecipeError(checked.describe(("output", "path"), hint))
     _RUNNERS[checked.kind](checked, _Request(out, overwrite, quiet, options))
@@ -108,5 +108,20 @@ def _finetune(recipe: FinetuneRecipe, asked: _Request) -> None:
             print(result.summary())
 
 
-_RUNNERS: Mapping[str, Callable[[Any, _Request], None]] = {"merge": _merge, "finetune": _finetune}
+def _precision(recipe: PrecisionRecipe, asked: _Request) -> None:
+    instead = "the recipe has `max_memory`, and `accelerate launch` says where, and in how many processes, it runs."
+    refuse_options(recipe.kind, asked.options, instead)
+    with exit_codes(interrupted="interrupted; nothing was published. The same command continues from what was saved."):
+        from mergekit_bayes.estimate.run import estimate_precision
+
+        result = estimate_precision(recipe, asked.out, overwrite=asked.overwrite, progress=not asked.quiet)
+        if not asked.quiet and result.report:  # only the leading process of several has one
+            print(result.summary())
+
+
+_RUNNERS: Mapping[str, Callable[[Any, _Request], None]] = {
+    "merge": _merge,
+    "finetune": _finetune,
+    "precision": _precision,
+}
 """What runs the recipes of each kind."""

@@ -11,6 +11,7 @@
     Parameter             declare a parameter of it
     method_names          the registered methods
     finetune              run a fine-tuning recipe
+    estimate_precision    the precision of a model or adapter that was trained without one
     IVON                  an optimizer that leaves a posterior behind
     sample_posterior      put a sample of a posterior into a loaded model, for a while
     MergekitBayesError    the root of every error this library raises on purpose
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit_bayes.errors import MergekitBayesError
+    from mergekit_bayes.estimate.run import estimate_precision
     from mergekit_bayes.evaluate import sample_posterior
     from mergekit_bayes.finetune import IVON
     from mergekit_bayes.finetune.run import finetune
@@ -43,6 +45,7 @@ __all__ = [  # noqa: RUF022 - in the order of `sorted`, which a test checks
     "Isotropic",
     "MergekitBayesError",
     "Parameter",
+    "estimate_precision",
     "finetune",
     "load_posterior",
     "load_recipe",
@@ -61,6 +64,7 @@ _HOMES = {
     "Isotropic": "mergekit_bayes.posterior",
     "MergekitBayesError": "mergekit_bayes.errors",
     "Parameter": "mergekit_bayes.merge.registry",
+    "estimate_precision": "mergekit_bayes.estimate.run",
     "load_posterior": "mergekit_bayes.merge.load",
     "load_recipe": "mergekit_bayes.merge.load",
     "merge_method": "mergekit_bayes.merge.registry",
