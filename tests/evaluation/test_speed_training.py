@@ -1,4 +1,4 @@
-"""The benchmarks of the optimizer run, compare equal work, and their pages show the results beside them."""
+"""The benchmarks of optimizer and estimators run, compare equal work, and their pages show the results beside them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation.speed import lora_step, optimizer
+from evaluation.speed import fisher, lora_step, optimizer
 from evaluation.speed.alternate import allocated, alternate, ratio
 
 PAGES = Path(__file__).parent.parent.parent / "evaluation" / "speed"
@@ -83,6 +83,19 @@ def test_the_benchmark_of_an_adapter_runs(tmp_path: Path, capsys: pytest.Capture
     assert results["memory"]["IVON"] > results["memory"]["AdamW"]
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_estimators_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--size", "tiny", "--rows", "3", "--tokens", "8", "--chunk", "2", "--repeats", "2"]
+    names = ["forward and backward", "fisher"]
+    fisher.main([*shape, "--names", *names, "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "fisher.json").read_text())
+    page = (tmp_path / "fisher.md").read_text()
+    assert page in capsys.readouterr().out
+    assert page == fisher.page(results)
+    assert results["summary"]["time"]["forward and backward"] == 1
+    assert results["memory"]["fisher"]["allocated"] > 4 * results["size"]["parameters"]
+
+
 def test_both_steps_of_an_adapter_begin_with_the_same_model() -> None:
     pytest.importorskip("peft")
     models = [lora_step.adapted("tiny", "cpu", torch.float32, four_bit=False) for _ in range(2)]
@@ -91,7 +104,7 @@ def test_both_steps_of_an_adapter_begin_with_the_same_model() -> None:
     assert 0 < sum(p.numel() for p in lora_step.trained(models[0])) < sum(p.numel() for p in models[0].parameters())
 
 
-@pytest.mark.parametrize(("module", "name"), [(optimizer, "optimizer"), (lora_step, "lora_step")])
+@pytest.mark.parametrize(("module", "name"), [(optimizer, "optimizer"), (lora_step, "lora_step"), (fisher, "fisher")])
 def test_the_pages_show_the_committed_results(module: Any, name: str) -> None:
     if not (PAGES / f"{name}.json").exists():
         pytest.skip("no results are committed yet")
