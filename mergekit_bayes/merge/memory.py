@@ -103,8 +103,9 @@ def _tensor_bytes(step: TensorStep, item: int) -> int:
 
 def _module_bytes(step: ModuleStep, item: int) -> int:
     factors = sum(tensor.nbytes for tensor in step.inputs) + step.rank * (step.in_features + step.out_features) * item
-    # In product space: merged mean, its precision, as much again while it is decomposed, and a prior of that size.
-    layers = 5 + len(step.base.tensors) + (2 * len(step.sources) + WORKING_COPIES if step.whole else 0)
+    # In product space: merged mean, its precision, what that makes of the mean, as much again while it is decomposed,
+    # the products of trial factors, and a prior of that size.
+    layers = 8 + len(step.base.tensors) + (2 * len(step.sources) + WORKING_COPIES if step.whole else 0)
     dense = layers * step.in_features * step.out_features * item if step.mode == "product" else 0
     return 3 * factors + dense
 

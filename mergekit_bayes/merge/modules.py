@@ -24,14 +24,14 @@ from mergekit_bayes.merge.lora import (
     relative_difference,
     row_blocks,
     stack,
-    truncate_dense,
-    truncate_factors,
 )
+from mergekit_bayes.merge.low_rank import low_rank
 from mergekit_bayes.merge.operands import OperandReader
 from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.registry import MergeMethod
 from mergekit_bayes.merge.sink import Sink
 from mergekit_bayes.merge.steps import ModuleStep, Operand
+from mergekit_bayes.merge.truncation import truncate_dense, truncate_factors
 from mergekit_bayes.posterior import Diagonal, Isotropic, Posterior
 from mergekit_bayes.posterior.mismatch import mismatch
 
@@ -115,25 +115,31 @@ def _pad_precision(precision: Tensor, sides: tuple[int, ...]) -> Tensor:
 
 
 def _product(step: ModuleStep, plan: MergePlan, operands: OperandReader, sink: Sink) -> Record:
-    mean, precision, record = _merge_product(step, plan, operands)
-    if plan.method.precision != "unused":
-        require_positive(step, precision)
-        record |= floored(plan, precision)
-    kept = truncate_dense(mean, step.truncate or step.rank, _generator(plan.recipe.seed, step.name))
-    del mean  # as large as the layer, and no longer needed
-    record["lost_energy"] = kept.lost_energy
+    merged, record = _merge_product(step, plan, operands)
+    means, cost = _truncated(step, plan, merged)
     precisions: tuple[Tensor | None, Tensor | None] = (None, None)
     if step.precision_dtype is not None:
         # The fit is not linear, so the scale it is written at comes first.
-        spread = precision.mul_(plan.precision_scale).reciprocal_()
-        variances, record["variance_misfit"] = fit_factor_variances(kept.a, kept.b, spread)
+        spread = (merged.precision_tensor() * plan.precision_scale).reciprocal_()
+        variances, cost["variance_misfit"] = fit_factor_variances(*means, spread)
         precisions = (variances[0].reciprocal_(), variances[1].reciprocal_())
-    _write_padded(step, (kept.a, kept.b), precisions, sink)
-    return record
+    _write_padded(step, means, precisions, sink)
+    return record | cost
 
 
-def _merge_product(step: ModuleStep, plan: MergePlan, operands: OperandReader) -> tuple[Tensor, Tensor, Record]:
-    """Mean and precision of the merged dW, shape (out_features, in_features), and what was measured."""
+def _truncated(step: ModuleStep, plan: MergePlan, merged: Posterior) -> tuple[Pair, Record]:
+    """The merged update in factors of the step's rank, and what that costs."""
+    rank, generator = step.truncate or step.rank, _generator(plan.recipe.seed, step.name)
+    if plan.method.precision == "unused":
+        plain = truncate_dense(merged.mean, rank, generator)
+        return (plain.a, plain.b), {"lost_energy": plain.lost_energy}
+    kept = low_rank(merged, rank, generator)
+    losses = {"truncation_loss": kept.loss, "plain_truncation_loss": kept.plain_loss}
+    return (kept.a, kept.b), {"lost_energy": kept.lost_energy, **losses}
+
+
+def _merge_product(step: ModuleStep, plan: MergePlan, operands: OperandReader) -> tuple[Posterior, Record]:
+    """The posterior of the merged dW, shape (out_features, in_features), and what was measured."""
     updates = _updates(step, operands)
     mean = torch.empty((step.out_features, step.in_features), dtype=operands.dtype, device=operands.device)
     precision = torch.empty_like(mean)
@@ -150,7 +156,10 @@ def _merge_product(step: ModuleStep, plan: MergePlan, operands: OperandReader) -
             gaps += _gaps(merged.mean, posteriors, base)
             measures["mismatch"] = _labelled(step, gaps)
         measures |= measured
-    return mean, precision, measures
+    if plan.method.precision != "unused":
+        require_positive(step, precision)
+        measures |= floored(plan, precision)
+    return (merged if step.whole else Diagonal.unchecked(mean, precision)), measures
 
 
 def _prior(step: ModuleStep, operands: OperandReader) -> Tensor:

@@ -189,7 +189,7 @@ def _measurements(records: Mapping[str, Mapping[str, object]]) -> dict[str, dict
 def _largest(records: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
     """The layer where an approximation of adapters is worst, for each of its measures."""
     found: dict[str, dict[str, object]] = {}
-    for key in ("cross_terms", "lost_energy", "variance_misfit"):
+    for key in ("cross_terms", "lost_energy", "truncation_loss", "variance_misfit"):
         values = {name: value for name in sorted(records) if isinstance(value := records[name].get(key), float)}
         if values:
             worst = max(values, key=lambda name: values[name])

@@ -32,6 +32,7 @@ COMPILE_FROM_BYTES = 24 << 30
 APPROXIMATIONS = {
     "cross_terms": "cross terms of averaging A and B separately, relative to the exact update",
     "lost_energy": "share of the update's squared norm lost to the rank",
+    "truncation_loss": "loss that the posterior predicts for what the rank cuts off, in nats summed over its data",
     "variance_misfit": "relative error of the variance in the factors' precisions",
 }
 """What a report's measures of merged adapters say, in words."""

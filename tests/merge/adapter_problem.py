@@ -172,3 +172,37 @@ def lost_energy(update: Tensor, rank: int) -> float:
 def assert_close(seen: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
     """Equal, give or take `tolerance` times the largest entry that is wanted."""
     torch.testing.assert_close(seen.double(), wanted.double(), rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+def assert_cheap(seen: Tensor, wanted: Truth, rank: int, tolerance: float = 1e-10) -> float:
+    """The mean in that rank, at no more predicted loss than its truncated singular value decomposition.
+
+    Args:
+        seen: the update that was written.
+        wanted: mean and precision of the merged update.
+        rank: largest rank that was allowed.
+        tolerance: relative error of the arithmetic.
+
+    Returns:
+        The predicted loss of what was seen.
+    """
+    sigma = torch.linalg.svdvals(seen.double())
+    assert bool((sigma[rank:] <= tolerance * sigma[0]).all()), "no larger rank"
+    plain = truncated(wanted.mean, rank)
+    if rank >= min(wanted.mean.shape):
+        assert_close(seen, plain, tolerance)
+    size = predicted_loss(torch.zeros_like(wanted.mean), wanted)
+    loss = predicted_loss(seen, wanted)
+    assert loss <= predicted_loss(plain, wanted) + tolerance * size
+    return loss
+
+
+def truncated(update: Tensor, rank: int) -> Tensor:
+    """The best approximation of this rank in the Frobenius norm."""
+    u, sigma, vh = torch.linalg.svd(update, full_matrices=False)
+    return (u[:, :rank] * sigma[:rank]) @ vh[:rank]
+
+
+def predicted_loss(update: Tensor, wanted: Truth) -> float:
+    """What an update costs that is not the mean, by the posterior: 1/2 sum S (X - W)^2."""
+    return float(0.5 * (wanted.precision * (update.double() - wanted.mean).square()).sum())
