@@ -186,9 +186,13 @@ class Estimator(ABC):
         """Whether this pass needs to tell rows apart."""
         return bool(self._squares.totals)
 
+    def _direct(self) -> Mapping[str, nn.Parameter]:
+        """Parameters that this pass has to differentiate themselves, one row at a time."""
+        return self._squares.direct
+
     def _show(self, chunk: Chunk) -> Counts:
         alone = len(chunk) == 1
-        if alone or not (self._one_by_one or self._squares.direct):
+        if alone or not (self._one_by_one or self._direct()):
             seen = self._observe(chunk)
             apart = alone or seen.apart or not self._needs_rows()
             if apart and seen.finite:
@@ -203,7 +207,7 @@ class Estimator(ABC):
         return counts
 
     def _observe(self, chunk: Chunk) -> Observation:
-        watched, direct = dict.fromkeys(self._watched()), self._squares.direct
+        watched, direct = dict.fromkeys(self._watched()), self._direct()
         signal = None if self.signal is None else SIGNALS[self.signal]
         with prepared(self.model, direct.values()):
             return observe(self.model, chunk, watched, signal=signal, seed=self.seed, direct=direct)

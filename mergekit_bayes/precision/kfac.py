@@ -79,6 +79,9 @@ class KFAC(Estimator):
     def _needs_rows(self) -> bool:
         return self._corrects or super()._needs_rows()
 
+    def _direct(self) -> Mapping[str, nn.Parameter]:
+        return {} if self._corrects else super()._direct()
+
     def _totals(self) -> Mapping[str, Tensor]:
         return self._eigenvalues if self._corrects else {**self._moments.totals, **self._squares.totals}
 

@@ -50,27 +50,34 @@ class Moments:
 
     def add(self, uses: dict[str, list[Use]], chunk: Chunk) -> None:
         """Adds what the layers saw of a chunk."""
-        seen = chunk.seen
+        places = _Places(chunk.seen)
         for layer in self._layers:
             for use in uses[layer.path]:
-                kept = places(use.input, seen)
-                self.totals[f"{layer.name}.places"] += len(kept)
+                self.totals[f"{layer.name}.places"] += len(places.of(use.input))
                 for side in self._sides:
                     total = self.totals[f"{layer.name}.{side}_factor"]
                     tensor = use.input if side == "input" else use.gradient
                     if tensor is not None:
-                        vectors = places(tensor, seen).to(total.dtype)
+                        vectors = places.of(tensor).to(total.dtype)
                         total.addmm_(vectors.T, vectors)
 
 
-def places(tensor: Tensor, seen: Tensor | None) -> Tensor:
-    """Returns the vectors at the places that count, (places, features).
+class _Places:
+    """The places that count in what layers see of one chunk.
 
     Args:
-        tensor: (..., features) of a layer.
-        seen: which tokens count, (rows, tokens); used if the other dimensions of the tensor are these, or these in one.
+        seen: which tokens count, (rows, tokens); None for all.
     """
-    flat = tensor.reshape(-1, tensor.shape[-1])
-    if seen is None or tensor.shape[:-1] not in (seen.shape, (seen.numel(),)):
-        return flat
-    return flat[seen.reshape(-1).to(flat.device)]
+
+    def __init__(self, seen: Tensor | None) -> None:
+        everything = seen is None or bool(seen.all())
+        self._shapes = () if everything or seen is None else (seen.shape, (seen.numel(),))
+        self._places = torch.empty(0) if seen is None else seen.reshape(-1).nonzero().squeeze(1)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns the vectors at these places, (places, features); all of them if the others are no tokens."""
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        if tensor.shape[:-1] not in self._shapes:
+            return flat
+        self._places = self._places.to(flat.device)  # once for all layers that are there
+        return flat.index_select(0, self._places)

@@ -16,6 +16,7 @@ from mergekit_bayes.precision.signals import SIGNALS
 from mergekit_bayes.precision.targets import Targets, find_targets
 from tests.precision.loops import class_batch, exact_fisher, layer_vectors, row_gradients, rows_of, squares, text_batch
 from tests.precision.small_models import Softmax, TwoLayers, adapted, classified, features, sequences, whole
+from tests.precision.test_coverage import Model, Shift
 
 Batch = dict[str, torch.Tensor]
 SAMPLED = SIGNALS["sampled_label"]
@@ -177,6 +178,22 @@ def test_a_pass_goes_on_where_it_was_interrupted() -> None:
     second.update(halves[1])
     for key, value in expected.items():
         torch.testing.assert_close(second.result(counts)[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_that_hooks_cannot_see_beside_corrected_layers() -> None:
+    model = Model(Shift()).eval()
+    batch = sequences(features(5, 4, 6), classes=3)
+    found, one_by_one = (
+        create("kfac", model, targets_of(model, "kfac"), seed=3, chunk_size=size, options={"eigenvalues": True})
+        for size in (3, 1)
+    )
+    counts = run(found, batch)
+    assert counts == run(one_by_one, batch)
+    shift = {"part.shift": model.part.shift}
+    expected = squares(model, batch, SAMPLED, shift, seed=3)["part.shift"]
+    torch.testing.assert_close(found.result(counts)["part.shift"].double(), expected, rtol=1e-5, atol=0)
+    mine, other = (dense("head.weight", each.result(counts)) for each in (found, one_by_one))
+    torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
 def run_pass(estimator: Any, index: int, *batches: Batch) -> Counts:
