@@ -20,6 +20,7 @@ from mergekit_bayes.estimate.state import (
     SavedPass,
     add_up,
     add_up_counts,
+    finished_passes,
     load_pass,
     load_sums,
     save_pass,
@@ -48,7 +49,7 @@ class GroupSummary:
 
     Attributes:
         counts: rows and units of one pass.
-        changes: how far the estimate moved, for each pass that this run saw from its beginning or went on with.
+        changes: how far the estimate moved, for each pass.
         shortfalls: factors that cannot have full rank.
     """
 
@@ -113,32 +114,29 @@ class Passes:
             DataError: rows without labels, or that do not fit the model.
         """
         estimator = make()
-        saved = self._saved if self._saved is not None and self._saved.position.group == group else None
-        first = 0 if saved is None else saved.position.index
-        if first:
-            estimator.load_sums(load_sums(self.folder, Position(group, first, 0)))
-        changes: list[tuple[Change, ...]] = []
-        shortfalls: list[Shortfall] = []
-        counts = Counts()
-        for index in range(first, estimator.passes):
-            if index == 1:
-                shortfalls = rank_shortfalls(estimator.sums())
+        done = finished_passes(self.folder, group)
+        summary = GroupSummary.of(done[-1]) if done else GroupSummary(Counts(), (), ())
+        self.accelerator.wait_for_everyone()  # everybody has looked before the leading process adds to it
+        if done:
+            estimator.load_sums(load_sums(self.folder, group, len(done) - 1))
+        for index in range(len(done), estimator.passes):
             estimator.start_pass(index)
-            counts, moved = self._pass(estimator, group, index, saved if index == first else None)
-            changes.append(moved)
-        if estimator.passes == 1:
-            shortfalls = rank_shortfalls(estimator.sums())
-        return estimator.result(counts), GroupSummary(counts, tuple(changes), tuple(shortfalls))
+            counts, moved = self._pass(estimator, group, index)
+            shortfalls = summary.shortfalls if index else tuple(rank_shortfalls(estimator.sums()))
+            summary = GroupSummary(counts, (*summary.changes, moved), shortfalls)
+            if index + 1 < estimator.passes and self.accelerator.is_main_process:
+                save_sums(self.folder, group, index, estimator.sums(), summary.record())
+        return estimator.result(summary.counts), summary
 
-    def _pass(
-        self, estimator: Estimator, group: int, index: int, saved: SavedPass | None
-    ) -> tuple[Counts, tuple[Change, ...]]:
+    def _pass(self, estimator: Estimator, group: int, index: int) -> tuple[Counts, tuple[Change, ...]]:
         convergence = Convergence(estimator.sums(), seed=self.feed.seed)
         counts, begin = Counts(), 0
-        if saved is not None:
+        saved = self._saved
+        if saved is not None and (saved.position.group, saved.position.index) == (group, index):
             counts, begin = saved.counts, saved.position.block
             convergence.records = saved.records
-            _restore(estimator, saved.sums)
+            if saved.sums:  # a process without a share starts from zero
+                estimator.load_sums(saved.sums)
         blocks = self.feed.blocks
         for block in range(begin, len(blocks)):
             for batch in self.feed.batches(blocks[block]):
@@ -150,15 +148,10 @@ class Passes:
             self.progress.advance(group, index, done, convergence)
             if block + 1 < len(blocks) and self._is_time():
                 self._save(estimator, Position(group, index, block + 1), counts, convergence)
-        return self._finish(estimator, group, index, counts), tuple(convergence.since_half())
-
-    def _finish(self, estimator: Estimator, group: int, index: int, counts: Counts) -> Counts:
         sums = estimator.sums()
         add_up(self.accelerator, sums)
         estimator.load_sums(sums)
-        if index + 1 < estimator.passes and self.accelerator.is_main_process:
-            save_sums(self.folder, Position(group, index, 0), sums)
-        return add_up_counts(self.accelerator, counts)
+        return add_up_counts(self.accelerator, counts), tuple(convergence.since_half())
 
     def _record(self, convergence: Convergence, estimator: Estimator, total: Counts) -> None:
         sample = convergence.sample(estimator.sums())
@@ -195,9 +188,3 @@ class Passes:
             convergence=convergence,
         )
         self._last_save = time.monotonic()
-
-
-def _restore(estimator: Estimator, sums: Mapping[str, Tensor]) -> None:
-    """Puts this process's share of the sums back; one without a share starts from zero, as after `start_pass`."""
-    if sums:
-        estimator.load_sums(sums)

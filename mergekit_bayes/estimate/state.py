@@ -28,6 +28,7 @@ __all__ = [
     "SavedPass",
     "add_up",
     "add_up_counts",
+    "finished_passes",
     "load_pass",
     "load_sums",
     "save_pass",
@@ -139,20 +140,38 @@ def load_pass(folder: SidecarFolder, accelerator: Accelerator) -> SavedPass | No
     return SavedPass(Position(**record["position"]), sums, counts, records)
 
 
-def save_sums(folder: SidecarFolder, position: Position, sums: Mapping[str, Tensor]) -> None:
-    """Saves the sums of a whole pass that another one builds on; the leading process calls this."""
-    name = _whole_name(position)
+def save_sums(
+    folder: SidecarFolder, group: int, index: int, sums: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> None:
+    """Saves the sums of a whole pass that another one builds on; the leading process calls this.
+
+    Args:
+        folder: of the work.
+        group: of targets.
+        index: of the pass.
+        sums: added up over processes.
+        record: what else is remembered of the pass; what JSON can hold.
+    """
+    name = _whole_name(group, index)
     write_tensors(folder.staging / name, sums)
-    folder.journal.add(name, {}, [name])
+    folder.journal.add(name, dict(record), [name])
 
 
-def load_sums(folder: SidecarFolder, position: Position) -> dict[str, Tensor]:
-    """Returns the sums of the whole pass before the one at a position."""
-    return read_tensors(folder.staging / _whole_name(Position(position.group, position.index - 1, 0)))
+def finished_passes(folder: SidecarFolder, group: int) -> list[dict[str, Any]]:
+    """Returns what is remembered of the whole passes of a group that were saved."""
+    found: list[dict[str, Any]] = []
+    while (record := folder.journal.get(_whole_name(group, len(found)))) is not None:
+        found.append(record)
+    return found
 
 
-def _whole_name(position: Position) -> str:
-    return f"pass-{position.group}-{position.index}.safetensors"
+def load_sums(folder: SidecarFolder, group: int, index: int) -> dict[str, Tensor]:
+    """Returns the sums of a whole pass that was saved."""
+    return read_tensors(folder.staging / _whole_name(group, index))
+
+
+def _whole_name(group: int, index: int) -> str:
+    return f"pass-{group}-{index}.safetensors"
 
 
 def add_up(accelerator: Accelerator, tensors: Mapping[str, Tensor]) -> None:
