@@ -6,23 +6,30 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.ivon.apply import apply_
 from mergekit_bayes.finetune.ivon.finite import agree, all_finite
-from mergekit_bayes.finetune.ivon.fused import can_fuse, decide, fused_update_
+from mergekit_bayes.finetune.ivon.fused import decide
+from mergekit_bayes.finetune.ivon.loading import check_shapes, in_float32
 from mergekit_bayes.finetune.ivon.noise import PREDICT, TRAIN, KeyedNoise, aligned, stream_key
-from mergekit_bayes.finetune.ivon.options import check_group
+from mergekit_bayes.finetune.ivon.options import check_group, check_whole
 from mergekit_bayes.finetune.ivon.prior import solve_prior
 from mergekit_bayes.finetune.ivon.reduction import average_over_processes, process_rank
 from mergekit_bayes.finetune.ivon.sampling import Row, clones, exchange_, perturb_all_, restore_
-from mergekit_bayes.finetune.ivon.sharding import drop_gathered, is_sharded, local, refuse_foreign_sharding
-from mergekit_bayes.finetune.ivon.underway import Group, Place, StepUnderWay, Work
-from mergekit_bayes.finetune.ivon.update import Coefficients, Estimate, blocks, update_
+from mergekit_bayes.finetune.ivon.sharding import (
+    drop_gathered,
+    is_sharded,
+    local,
+    refuse_foreign_sharding,
+    refuse_foreign_wrapper,
+)
+from mergekit_bayes.finetune.ivon.underway import Place, StepUnderWay
 
 __all__ = ["IVON"]
 
@@ -106,13 +113,7 @@ class IVON(Optimizer):
         seed: int = 0,
         fused: bool | None = None,
     ) -> None:
-        if mc_samples < 1 or (antithetic and mc_samples % 2):
-            wanted = "an even number" if antithetic else "1 or more"
-            raise FinetuneError(f"IVON: mc_samples is {mc_samples}, expected {wanted}")
-        if noise not in ("shared", "per_process"):
-            raise FinetuneError(f"IVON: noise is {noise!r}, expected 'shared' or 'per_process'")
-        if fused not in (None, True, False):
-            raise FinetuneError(f"IVON: fused is {fused!r}, expected True, False or None")
+        check_whole(mc_samples=mc_samples, antithetic=antithetic, noise=noise, fused=fused)
         self.mc_samples, self.antithetic, self.noise, self.fused = mc_samples, antithetic, noise, fused
         self._model: nn.Module | None = None
         self._forget()
@@ -179,11 +180,7 @@ class IVON(Optimizer):
         """
         inner = optimizer
         while not isinstance(inner, cls):
-            if "deepspeed" in f"{type(inner).__module__}.{type(inner).__name__}".lower():
-                seen = (
-                    "IVON: wrapped by DeepSpeed ZeRO, which trains copies of the weights that a sample would not reach"
-                )
-                raise FinetuneError(f"{seen}; use DDP, or FSDP 2 (`fully_shard`)")
+            refuse_foreign_wrapper(inner)
             inner = getattr(inner, "optimizer", None)
             if inner is None:
                 raise FinetuneError(f"IVON: there is none in {type(optimizer).__name__}")
@@ -394,7 +391,7 @@ class IVON(Optimizer):
             finite = all_finite([gradient for _, _, gradient, _ in work])
             finite = agree(finite, [parameter for *_, parameter in trainable])
         if finite:
-            self._update(work, kind)
+            apply_(work, self.state, kind, fusing=self._decide_fusing())
         else:
             self._set_own("skipped", self.param_groups[0]["skipped"] + 1)
         self._set_own("draws", self.param_groups[0]["draws"] + 1)
@@ -430,47 +427,14 @@ class IVON(Optimizer):
             seen = f"IVON: step after {self._under_way.contexts} contexts `with optimizer.sampled_params(train=True)`"
             raise FinetuneError(f"{seen}; expected {self.mc_samples}, or a multiple for micro-batches")
 
-    @torch.no_grad()
-    def _update(self, work: Work, kind: Callable[[Group], Estimate]) -> None:
-        lists: dict[tuple[int, torch.device, int], list[list[Tensor]]] = {}
-        coefficients: dict[tuple[int, int], Coefficients] = {}
-        fusing = self._decide_fusing()
-        for group, parameter, gradient, estimate in work:
-            state = self.state[parameter]
-            state["step"] += 1
-            state["hess_init_share"] *= group["beta2"]
-            which, count = id(group), state["step"]
-            if (which, count) not in coefficients:
-                coefficients[which, count] = Coefficients.of(group, count, kind(group))
-            row = (local(parameter), local(state["momentum"]), local(state["hess"]), gradient, estimate)
-            if fusing and can_fuse(*row):
-                fused_update_(*row, coefficients=coefficients[which, count])
-                continue
-            tensors = lists.setdefault((which, row[0].device, count), [[], [], [], [], []])
-            for each, tensor in zip(tensors, row, strict=True):
-                each.append(tensor)
-        for (which, _, count), tensors in lists.items():
-            for block in blocks(tensors):
-                update_(*block, coefficients=coefficients[which, count])
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state: moved to the device of each parameter, always float32, never shared with the source.
 
         Raises:
             FinetuneError: a shape that differs from the parameter's.
         """
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         present = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(saved, present, strict=False):
-            hess = state_dict["state"].get(index, {}).get("hess")
-            if hess is not None and hess.shape != parameter.shape:
-                seen = f"{tuple(hess.shape)}, the parameter {tuple(parameter.shape)}"
-                raise FinetuneError(f"IVON: state of parameter {index} has the shape {seen}")
+        check_shapes(state_dict, present)
         super().load_state_dict(state_dict)
-        for index, parameter in zip(saved, present, strict=True):
-            for key in ("momentum", "hess"):
-                if index in state_dict["state"]:
-                    # torch has cast it to the dtype of the parameter: from the source again
-                    tensor = cast("Tensor", state_dict["state"][index][key])
-                    self.state[parameter][key] = tensor.detach().to(parameter.device, torch.float32, copy=True)
+        in_float32(state_dict, present, self.state)
         self._forget()

@@ -1,4 +1,4 @@
-"""Which values the options of a parameter group may take."""
+"""Which values the options of an optimizer and of its parameter groups may take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from mergekit_bayes.errors import FinetuneError
 
-__all__ = ["check_group"]
+__all__ = ["check_group", "check_whole"]
 
 
 def _number(value: object) -> bool:
@@ -44,3 +44,18 @@ def check_group(group: Mapping[str, Any]) -> None:
             faults.append(f"a parameter of dtype {parameter.dtype}, expected real floating point")
     if faults:
         raise FinetuneError(f"IVON: {'; '.join(faults)}")
+
+
+def check_whole(*, mc_samples: int, antithetic: bool, noise: str, fused: bool | None) -> None:
+    """Checks the options that are the same for all groups.
+
+    Raises:
+        FinetuneError: the first that is out of range.
+    """
+    if mc_samples < 1 or (antithetic and mc_samples % 2):
+        wanted = "an even number" if antithetic else "1 or more"
+        raise FinetuneError(f"IVON: mc_samples is {mc_samples}, expected {wanted}")
+    if noise not in ("shared", "per_process"):
+        raise FinetuneError(f"IVON: noise is {noise!r}, expected 'shared' or 'per_process'")
+    if fused not in (None, True, False):
+        raise FinetuneError(f"IVON: fused is {fused!r}, expected True, False or None")

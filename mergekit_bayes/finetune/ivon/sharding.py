@@ -21,6 +21,7 @@ __all__ = [
     "local_gradient",
     "local_range",
     "refuse_foreign_sharding",
+    "refuse_foreign_wrapper",
     "shard_like",
     "whole",
 ]
@@ -125,3 +126,14 @@ def refuse_foreign_sharding(parameter: Tensor) -> None:
     else:
         return
     raise FinetuneError(f"IVON: {seen}; expected plain or `fully_shard` (FSDP 2) parameters, or use DDP")
+
+
+def refuse_foreign_wrapper(optimizer: Any) -> None:
+    """Refuses an optimizer of an engine around ours that trains copies of the weights.
+
+    Raises:
+        FinetuneError: with the engine and what to use in its place.
+    """
+    if "deepspeed" in f"{type(optimizer).__module__}.{type(optimizer).__name__}".lower():
+        seen = "IVON: wrapped by DeepSpeed ZeRO, which trains copies of the weights that a sample would not reach"
+        raise FinetuneError(f"{seen}; use DDP, or FSDP 2 (`fully_shard`)")
