@@ -19,9 +19,10 @@ from mergekit_bayes.errors import (
 from mergekit_bayes.merge.attach import Attached, attach, base_weight, recorded_bases
 from mergekit_bayes.merge.fresh import common_starts, left_alone, started_elsewhere
 from mergekit_bayes.merge.inputs import Input
+from mergekit_bayes.merge.posteriors import Names, names_of, no_precision, posterior_of
 from mergekit_bayes.merge.setting import Setting
 from mergekit_bayes.merge.steps import Layout, LowRank, MergeStep, ModuleStep, Operand, Step
-from mergekit_bayes.merge.tensor_steps import merge_step
+from mergekit_bayes.merge.tensor_steps import merge_step, needs_whole, terms_of
 from mergekit_bayes.recipe import layer_positions
 
 Found = Sequence[tuple[Input, LoraModule]]
@@ -128,6 +129,7 @@ def _module_step(
     prior, transposed = _weight_in_base(found[0], attached)
     operands = {source.label: _module_operand(setting, source, module, prior) for source, module in found}
     ordered = _by_label(setting, weights)
+    base, sources = setting.with_prior(Operand("prior", None), prior), tuple(map(operands.get, ordered))
     return ModuleStep(
         name=name,
         mode=mode,
@@ -139,13 +141,15 @@ def _module_step(
         truncate=truncate,
         dtype=setting.output_dtype(name, first.a, {source.label: module.a for source, module in found}),
         precision_dtype=setting.precision_dtype,
-        base=setting.with_prior(Operand("prior", None), prior),
-        sources=tuple(operands.get(label) for label in ordered),
+        base=base,
+        sources=sources,
         weights=tuple(ordered.values()),
         scaling=scaling,
         transposed=transposed,
         options=setting.options_at(target, position, _heard(setting, ordered, operands)),
-        whole=setting.method.scope == "tensor",
+        whole=needs_whole(setting, list(operands.values())),
+        weight=target if setting.sidecar_space == "product" else None,
+        terms=terms_of(setting, base, sources, list(ordered.values())),
     )
 
 
@@ -248,9 +252,9 @@ def trained_scaling(source: Input, module: LoraModule) -> float:
 
 def _module_operand(setting: Setting, source: Input, module: LoraModule, weight: str) -> Operand:
     operand = Operand(source.label, None, LowRank(module.a, module.b, module.scaling))
-    found = setting.posterior_of(source, operand, weight)
+    found = posterior_of(setting, source, operand, Names(weight, weight, Adapter.base_tensor(module.name)))
     if found is None:
-        setting.problems.append(setting.no_precision(source, module.name))
+        setting.problems.append(no_precision(setting, source, module.name))
     return found or operand
 
 
@@ -301,6 +305,7 @@ def _saved_step(setting: Setting, name: str, position: float, kept: TensorInfo |
             sources=tuple(operand for operand, _ in known),
             weights=tuple(weight for _, weight in known),
             options=setting.options_at(name, position, [operand.label for operand, _ in known]),
+            precision_name=name if setting.sidecar_space == "product" else None,
         ),
     )
 
@@ -330,7 +335,7 @@ def _saved_operand(setting: Setting, source: Input, tensor: TensorInfo, dense: s
     operand = Operand(source.label, tensor)
     if own not in adapter_of(source).saved and setting.uses_precision:
         return setting.with_prior(operand, dense) if setting.needs_prior else None
-    found = setting.posterior_of(source, operand, tensor.name, base_name=dense)
+    found = posterior_of(setting, source, operand, names_of(tensor, dense))
     if found is None:
-        setting.problems.append(setting.no_precision(source, tensor.name))
+        setting.problems.append(no_precision(setting, source, tensor.name))
     return found

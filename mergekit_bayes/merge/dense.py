@@ -18,6 +18,7 @@ from mergekit_bayes.errors import CheckpointError, MergekitBayesError, MissingTe
 from mergekit_bayes.merge.attach import EMBEDDING_WORDS, can_tie, embeddings_changed, tied_partner
 from mergekit_bayes.merge.dense_inputs import DenseInput, open_dense
 from mergekit_bayes.merge.heads import Headed, with_heads
+from mergekit_bayes.merge.posteriors import names_of, no_precision, posterior_of
 from mergekit_bayes.merge.setting import Setting, check_dtype, mergeable
 from mergekit_bayes.merge.steps import CopyStep, Layout, LowRank, MergeStep, Operand, Step
 from mergekit_bayes.merge.task import architecture_of
@@ -193,8 +194,13 @@ def _step(setting: Setting, headed: Headed, name: str, position: float, turned: 
             weights=tuple(weight for _, weight in known),
             options=setting.options_at(name, position, [operand.label for operand, _ in known]),
         ),
-        transposed=name in turned,
+        transposed=name in turned or any(_stored_transposed(source, name) for source in sources),
     )
+
+
+def _stored_transposed(source: DenseInput, name: str) -> bool:
+    module = source.adapter.modules.get(name)
+    return module is not None and module.kind == "linear" and module.transposed
 
 
 def _base_operand(setting: Setting, reference: DenseInput, name: str) -> Operand:
@@ -214,9 +220,9 @@ def _operand(setting: Setting, source: DenseInput, name: str, base: TensorInfo) 
         # What an adapter leaves alone, it knows no more about than the prior, whatever precision its factors have.
         return setting.with_prior(operand, base.name) if setting.needs_prior else None
     # Where a head is tied, its precision is that of the embedding.
-    found = setting.posterior_of(source.source, operand, stored.name, base_name=base.name)
+    found = posterior_of(setting, source.source, operand, names_of(stored, base.name, module))
     if found is None:
-        setting.problems.append(setting.no_precision(source.source, name))
+        setting.problems.append(no_precision(setting, source.source, name))
     return found
 
 

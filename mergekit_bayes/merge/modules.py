@@ -26,13 +26,14 @@ from mergekit_bayes.merge.lora import (
     stack,
 )
 from mergekit_bayes.merge.low_rank import low_rank
+from mergekit_bayes.merge.merged_terms import write_precision
 from mergekit_bayes.merge.operands import OperandReader
 from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.registry import MergeMethod
 from mergekit_bayes.merge.sink import Sink
 from mergekit_bayes.merge.steps import ModuleStep, Operand
 from mergekit_bayes.merge.truncation import truncate_dense, truncate_factors
-from mergekit_bayes.posterior import Diagonal, Isotropic, Posterior
+from mergekit_bayes.posterior import Diagonal, Isotropic, Kronecker, Posterior
 from mergekit_bayes.posterior.mismatch import mismatch
 
 PADDING_PRECISION = 1e3
@@ -118,7 +119,9 @@ def _product(step: ModuleStep, plan: MergePlan, operands: OperandReader, sink: S
     merged, record = _merge_product(step, plan, operands)
     means, cost = _truncated(step, plan, merged)
     precisions: tuple[Tensor | None, Tensor | None] = (None, None)
-    if step.precision_dtype is not None:
+    if step.weight is not None:
+        write_precision(sink, step.precision_entries, step.terms, merged, scale=plan.precision_scale)
+    elif step.precision_dtype is not None:
         # The fit is not linear, so the scale it is written at comes first.
         spread = (merged.precision_tensor() * plan.precision_scale).reciprocal_()
         variances, cost["variance_misfit"] = fit_factor_variances(*means, spread)
@@ -181,8 +184,13 @@ def _product_posterior(
     if source is None or update is None:
         return None
     mean = product_mean(update, rows)
+    if source.curvature is not None:
+        beside = operands.update_posterior(source, mean, rows, base) if source.of_update else base
+        return Kronecker.unchecked(mean, beside.precision_tensor(), operands.terms(source.curvature))
+    if source.of_update:
+        return operands.update_posterior(source, mean, rows, base)
     if isinstance(source.precision, TensorInfo):
-        return base.with_mean(mean)  # without a precision of its own it has the prior's, the only such tensor here
+        return base.with_mean(mean)  # that of the base's weight
     if update.variance_a is None:
         return Isotropic.unchecked(mean, _scalar(source.precision, operands))
     precision = product_precision(update, rows).div_(source.divisor)

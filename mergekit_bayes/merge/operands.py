@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.checkpoint.header import TensorInfo
+from mergekit_bayes.checkpoint.kronecker_tensors import PARTS, check_factor
 from mergekit_bayes.checkpoint.reader import BlockReader
 from mergekit_bayes.merge.blocks import Stored, as_posterior
 from mergekit_bayes.merge.checks import check_block, check_precision
+from mergekit_bayes.merge.curvature import Curvature
 from mergekit_bayes.merge.lora import Factors, product_mean, product_precision
 from mergekit_bayes.merge.steps import LowRank, MergeStep, Operand, TensorStep
-from mergekit_bayes.posterior import Posterior
+from mergekit_bayes.posterior import Kronecker, Posterior, Term
 
 
 class OperandReader:
@@ -58,7 +60,48 @@ class OperandReader:
         whole = [each.reshape(step.shape) if each.dim() else each for each in (stored.mean, stored.precision)]
         if step.transposed:
             whole = [each.T.contiguous() if each.dim() else each for each in whole]
-        return as_posterior(stored._replace(mean=whole[0], precision=whole[1]), prior, self.dtype)
+        found = as_posterior(stored._replace(mean=whole[0], precision=whole[1]), prior, self.dtype)
+        if operand.curvature is None:
+            return found
+        return Kronecker.unchecked(found.mean, found.precision_tensor(), self.terms(operand.curvature))
+
+    def update_posterior(self, operand: Operand, mean: Tensor, rows: slice, base: Posterior) -> Posterior:
+        """The posterior of some rows of an update whose own precision a sidecar has.
+
+        Args:
+            operand: with that precision, of shape (out_features, in_features).
+            mean: those rows of its mean.
+            rows: which ones.
+            base: the prior of those rows.
+
+        Raises:
+            NumericalError: a precision is not positive and finite.
+        """
+        assert isinstance(operand.precision, TensorInfo)  # this is what `of_update` says
+        start, _, _ = rows.indices(operand.precision.shape[0])
+        block = self._reader.read_block(operand.precision, start * mean.shape[1], mean.numel())
+        check_precision(block, operand.precision.name, str(operand.precision.path))
+        precision = block.to(self.device).reshape(mean.shape)
+        divisor = None if operand.divisor == 1.0 else self._scalar(operand.divisor)
+        stored = Stored(mean, precision, divisor, self._scalar(operand.prior_share))
+        return as_posterior(stored, base.precision_tensor(), self.dtype)
+
+    def terms(self, curvature: Curvature) -> list[Term]:
+        """The Kronecker terms of a source, divided as its precision is.
+
+        Raises:
+            NumericalError: a factor is not finite or not symmetric, or a curvature is negative.
+        """
+        corrected = curvature.factors.eigenvalues is not None
+        parts = []
+        for part, tensor in zip(PARTS, curvature.factors, strict=True):
+            values = None if tensor is None else self._reader.read_tensor(tensor)
+            if values is not None and tensor is not None:
+                check_factor(tensor.name, part, values, basis=corrected)
+                values = values.to(device=self.device, dtype=self.dtype)
+            parts.append([None] * curvature.factors.terms if values is None else list(values.unbind()))
+        terms = [Term(a, g, e) for a, g, e in zip(*parts, strict=True) if a is not None]
+        return terms if curvature.divisor == 1.0 else [term.scaled(1.0 / curvature.divisor) for term in terms]
 
     def _stored(self, operand: Operand, step: MergeStep, start: int, stop: int) -> Stored:
         if operand.mean is None:
@@ -81,6 +124,8 @@ class OperandReader:
     def _precision(self, operand: Operand, start: int, stop: int) -> Tensor | None:
         if isinstance(operand.precision, TensorInfo):
             block = self._reader.read_block(operand.precision, start, stop - start)
+            if operand.turned:  # and then whole
+                block = block.reshape(operand.precision.shape).T.reshape(-1)
             check_precision(block, operand.precision.name, str(operand.precision.path))
             return block.to(self.device)
         if operand.precision is None:

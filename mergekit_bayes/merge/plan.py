@@ -25,6 +25,7 @@ from mergekit_bayes.merge.inputs import Input, belongs, flatten, on_its_base, op
 from mergekit_bayes.merge.provenance import data_scale, merged_metadata, metadata_strings
 from mergekit_bayes.merge.registry import MergeMethod, get_method
 from mergekit_bayes.merge.setting import Setting
+from mergekit_bayes.merge.sidecars import add_notes, sidecar_problems
 from mergekit_bayes.merge.steps import CopyStep, Layout, MergeStep, Step, Unit
 from mergekit_bayes.merge.task import Task, agreed_task
 from mergekit_bayes.recipe import MergeRecipe, unused_filter_problems
@@ -157,8 +158,8 @@ def plan_merge(recipe: MergeRecipe, out: Path | None = None, *, recipe_dir: Path
         setting.problems.append(MissingInputError("the inputs hold no tensors; expected at least one"))
     if setting.problems:
         raise PlanError(tuple({str(problem): problem for problem in setting.problems}.values()))
-    _add_notes(setting)
-    sidecar = merged_metadata(setting) if any(step.precision_entries for step in steps) else None
+    add_notes(setting)
+    sidecar = merged_metadata(setting, steps) if any(step.precision_entries for step in steps) else None
     target = out if out is not None else (Path(recipe.output.path) if recipe.output.path is not None else None)
     return MergePlan(
         recipe=recipe,
@@ -203,6 +204,7 @@ def _setting(recipe: MergeRecipe, folder: Path) -> Setting:
     problems.extend(problem for opened in sources for problem in check(opened, expected))
     if base is not None and method.prior == "required":
         problems.extend(belongs(base, None))
+    problems.extend(sidecar_problems(method, sources, space))
     task = agreed_task(sources, problems)
     setting = Setting(recipe, method, base, tuple(sources), space, tuple(indices), task, problems, notes)
     if problems:
@@ -260,31 +262,6 @@ def _space(
             )
         )
     return space
-
-
-def _add_notes(setting: Setting) -> None:
-    """Say what is legal but surprising: sources without precisions, sidecars that measure different things."""
-    for label, names in setting.prior_only.items():
-        setting.notes.append(
-            f"{label}: no precision of its own for {len(names)} tensors (the first is {names[0]}); they get the prior's"
-        )
-    if not setting.uses_precision:
-        return
-    known = {source.label: source.sidecar.metadata for source in setting.sources if source.sidecar is not None}
-    for label, metadata in known.items():
-        if (
-            setting.needs_prior
-            and setting.space == "full"
-            and metadata.prior_mean == "zero"
-            and metadata.space == "full"
-        ):
-            setting.notes.append(f"{label}: its prior is centred on zero; the merge takes it as centred on the base")
-    units = {label: (metadata.estimator, metadata.loss_unit) for label, metadata in known.items()}
-    if len(set(units.values())) > 1:
-        shown = ", ".join(
-            f"{label}: {estimator} per {unit or 'unknown unit'}" for label, (estimator, unit) in units.items()
-        )
-        setting.notes.append(f"the sidecars are of different kinds, so their precisions may not compare ({shown})")
 
 
 def _check_filters(setting: Setting, steps: Sequence[Step]) -> None:

@@ -17,7 +17,7 @@ from mergekit_bayes.merge.adapters import reference_scaling
 from mergekit_bayes.merge.attach import recorded_bases
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.setting import Setting
-from mergekit_bayes.merge.steps import CopyStep, weights_by_label
+from mergekit_bayes.merge.steps import CopyStep, Step, terms_of, weights_by_label
 
 if TYPE_CHECKING:
     from mergekit_bayes.merge.plan import MergePlan
@@ -28,21 +28,22 @@ UNKNOWN_FINGERPRINT = "blake2b-16:" + "0" * 32
 REPORT_NAME = "merge_report.json"
 
 
-def merged_metadata(setting: Setting) -> SidecarMetadata:
+def merged_metadata(setting: Setting, steps: Sequence[Step]) -> SidecarMetadata:
     """Metadata of the merged sidecar: data scale (`sum`), with the prior of the merge."""
     known = [source.sidecar.metadata for source in setting.sources if source.sidecar is not None]
     units = {metadata.loss_unit for metadata in known}
     scale = data_scale(setting.recipe.scale, _units(setting))
     prior = setting.scalar_prior if setting.needs_prior else None
+    space = setting.sidecar_space
     return SidecarMetadata(
-        family="diagonal",
+        family="kronecker" if any(terms_of(step) for step in steps) else "diagonal",
         estimator="merged",
         loss_unit=units.pop() if len(units) == 1 else None,
         num_examples=_units(setting),
-        # In product space S_0 belongs to dW; what it means for the fitted factors is not a number.
-        prior_precision=prior * scale if prior is not None and setting.space != "product" else None,
+        # In product space S_0 belongs to dW; what it means for fitted factors is not a number.
+        prior_precision=prior * scale if prior is not None and setting.space in ("factor", space) else None,
         prior_mean="base" if setting.space == "full" else "zero",
-        space="full" if setting.space == "full" else "factor",
+        space=space,
         adapter_scaling=_prior_scaling(setting),
         base_model=setting.recipe.base_model,
         base_fingerprint=_base_fingerprint(setting),

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from mergekit_bayes.checkpoint.dtypes import dtype_named
 from mergekit_bayes.checkpoint.header import TensorInfo
-from mergekit_bayes.checkpoint.sidecar import Sidecar
+from mergekit_bayes.checkpoint.kronecker_tensors import kronecker_tensors
 from mergekit_bayes.errors import (
     MergekitBayesError,
     MethodError,
@@ -22,7 +22,7 @@ from mergekit_bayes.errors import (
 )
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.registry import MergeMethod
-from mergekit_bayes.merge.steps import LowRank, Operand, Options, Step
+from mergekit_bayes.merge.steps import Operand, Options, Step
 from mergekit_bayes.merge.task import Task
 from mergekit_bayes.recipe import MergeRecipe
 
@@ -156,7 +156,8 @@ class Setting:
     def scalar_prior(self) -> float | None:
         """S_0 as a scalar: from the recipe, or what the metadata of all sidecars agree on; None where it is a tensor.
 
-        In product space a sidecar's prior belongs to the factors, not to dW, so only the recipe can give S_0 there.
+        Where updates of adapters are merged as dW, the prior in a sidecar of factors belongs to those, and only the
+        recipe can give S_0.
         """
         if not self.needs_prior:
             # A method without prior has S_0 = 0; without precisions, any positive number stands for all of them.
@@ -178,9 +179,8 @@ class Setting:
             if source.sidecar is not None and source.sidecar.metadata.prior_precision
         }
         values = sorted(set(known.values()))
-        usable = self.space != "product" and not any(
-            source.sidecar is not None and source.sidecar.metadata.space == "factor" and self.space == "full"
-            for source in self.sources
+        usable = self.space == "factor" or not any(
+            source.sidecar is not None and source.sidecar.metadata.space == "factor" for source in self.sources
         )
         if usable and values and values[-1] <= values[0] * (1 + 1e-6):
             return values[0]
@@ -205,6 +205,10 @@ class Setting:
             return self.scalar_prior
         assert self.base is not None  # scalar_prior is None only with a base that has a sidecar
         assert self.base.sidecar is not None
+        if kronecker_tensors(self.base.sidecar, name) is not None:
+            why = f"{self.base.sidecar.path}: has Kronecker factors, which no prior can have; expected precision.prior"
+            self.problems.append(MethodError(f"{why}: a number, or the path of a diagonal sidecar of the base"))
+            return 1.0
         tensor = self.base.sidecar.tensors.get(name)
         if tensor is not None:
             return tensor
@@ -226,52 +230,6 @@ class Setting:
         prior = self.prior_precision(name)
         divisor = self.base_divisor if isinstance(prior, TensorInfo) else 1.0
         return replace(operand, precision=prior, divisor=divisor)
-
-    def posterior_of(
-        self, source: Input, operand: Operand, name: str, *, base_name: str | None = None
-    ) -> Operand | None:
-        """The operand with the precision that recipe and sidecar give it.
-
-        Args:
-            source: the input it belongs to.
-            operand: mean and low-rank update, without precisions.
-            name: name of the dense tensor in the sidecar.
-            base_name: name of the same tensor in the base, if it has another one there.
-
-        Returns:
-            The operand; None where the method needs a precision and there is none. A tensor that a sidecar leaves
-            out, and every tensor of a source without a sidecar where the method allows one, has the prior's.
-        """
-        if not self.uses_precision:
-            return replace(operand, precision=1.0)
-        if source.scalar_precision is not None:
-            return replace(operand, precision=source.scalar_precision)
-        if source.sidecar is not None:
-            tensors, divisor = source.sidecar.tensors, self.divisors[source.label]
-            if name in tensors:
-                share = self.prior_share(source)
-                return replace(operand, precision=tensors[name], divisor=divisor, prior_share=share)
-            low_rank = _with_factor_precisions(operand.low_rank, source.sidecar)
-            if low_rank is not None:
-                # In factor space S_0 takes the prior's place factor by factor, elsewhere once dW is formed.
-                prior = source.sidecar.metadata.prior_precision if self.needs_prior else None
-                share = self.prior_share(source) if self.space == "factor" else None
-                within = None if self.space == "factor" else prior or None
-                return replace(operand, low_rank=replace(low_rank, prior=within), divisor=divisor, prior_share=share)
-        if self.needs_prior and (source.sidecar is not None or self.method.precision == "optional"):
-            if source.adapter is None or operand.low_rank is not None or name in source.adapter.tensors:
-                self.prior_only.setdefault(source.label, []).append(name)
-            return self.with_prior(operand, base_name or name)
-        return None
-
-    def no_precision(self, source: Input, name: str) -> MissingInputError:
-        """The refusal of a source whose precision the method needs."""
-        # Without a sidecar the refusal is the same for every tensor, and is told once.
-        seen = f" for {name} ({source.sidecar.path.name} has none)" if source.sidecar is not None else " (no sidecar)"
-        return MissingInputError(
-            f"{source.label}: no precision{seen}; {self.method.name} needs one for every source; "
-            "add `precision:` to this source, or use a method without precisions (linear, task_arithmetic)"
-        )
 
     def prior_share(self, source: Input) -> float | None:
         """The prior that the sidecar of `source` contains and that has to be exchanged for S_0, or None."""
@@ -306,22 +264,18 @@ class Setting:
             return None
         return dtype_named(asked)
 
+    @property
+    def sidecar_space(self) -> str:
+        """What the merged sidecar describes: weights (full), factors, or updates (product) where a source's does."""
+        if self.space == "full":
+            return "full"
+        spaces = {source.sidecar.metadata.space for source in self.sources if source.sidecar is not None}
+        return "product" if "product" in spaces else "factor"
+
     def compute_dtype(self, steps: Iterable[Step]) -> str:
         """Dtype of the arithmetic: "F64" where the recipe asks for float64 or float64 is written, else "F32"."""
         asked = "float64" in (self.recipe.dtype, self.recipe.out_dtype)
         return "F64" if asked or any(entry.dtype == "F64" for step in steps for entry in step.entries) else "F32"
-
-
-def _with_factor_precisions(low_rank: LowRank | None, sidecar: Sidecar) -> LowRank | None:
-    tensors = sidecar.tensors
-    if low_rank is None or low_rank.a.name not in tensors or low_rank.b.name not in tensors:
-        return None
-    return replace(
-        low_rank,
-        precision_a=tensors[low_rank.a.name],
-        precision_b=tensors[low_rank.b.name],
-        trained_scaling=sidecar.metadata.adapter_scaling or low_rank.scaling,
-    )
 
 
 def mergeable(tensor: TensorInfo) -> bool:

@@ -50,6 +50,17 @@ class Sink:
             check_precision(stored, entry.name, "the merged precision")
             self._precision.write(entry.name, 0, stored)  # type: ignore[union-attr]  # not None here
 
+    def factors(self, values: Mapping[TensorEntry, Tensor]) -> None:
+        """Write parts of Kronecker terms to the sidecar, if there is one.
+
+        Raises:
+            NonFiniteError: they are not finite.
+        """
+        for entry, part in values.items() if self._precision is not None else ():
+            stored = _flat(entry, part)
+            check_block(stored, entry.name, "the merged curvature")
+            self._precision.write(entry.name, 0, stored)  # type: ignore[union-attr]  # not None here
+
 
 def _flat(entry: TensorEntry, values: Tensor) -> Tensor:
     return values.to(torch_dtype(entry.dtype)).cpu().reshape(-1).contiguous()

@@ -18,6 +18,7 @@ from math import prod
 
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.writer import ShardLayout, TensorEntry
+from mergekit_bayes.merge.curvature import Curvature, MergedTerms, precision_entries
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Operand:
             `scale: mean`, else 1).
         prior_share: the prior precision S_0t that the sidecar's values contain, already divided by `divisor`;
             the executor replaces it by the merge's common prior, S_t <- S_t - S_0t + S_0. None: nothing to replace.
+        curvature: Kronecker terms that S has beside `precision`, or None.
+        of_update: `precision` is that of an adapter's update, as (out_features, in_features).
     """
 
     label: str
@@ -79,6 +82,13 @@ class Operand:
     precision: TensorInfo | float | None = None
     divisor: float = 1.0
     prior_share: float | None = None
+    curvature: Curvature | None = None
+    of_update: bool = False
+
+    @property
+    def turned(self) -> bool:
+        """Whether the precision is stored as (out_features, in_features) and the mean the other way round."""
+        return self.of_update and self.low_rank is not None and self.low_rank.transposed
 
     @property
     def place(self) -> str:
@@ -94,7 +104,13 @@ class Operand:
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Every tensor that has to be read, in a fixed order."""
         dense = tuple(tensor for tensor in (self.mean, self.precision) if isinstance(tensor, TensorInfo))
-        return dense + (self.low_rank.tensors if self.low_rank is not None else ())
+        terms = self.curvature.tensors if self.curvature is not None else ()
+        return dense + terms + (self.low_rank.tensors if self.low_rank is not None else ())
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether mean and precision can be read in blocks that belong together."""
+        return self.curvature is None and not self.turned
 
 
 Options = tuple[tuple[str, object], ...]
@@ -115,6 +131,7 @@ class MergeStep:
             recipe does not decide how sums are rounded.
         weights: one effective weight per source.
         options: the method's own parameters, as its kernel takes them.
+        precision_name: name of the tensor in the merged sidecar, where it has another one there.
     """
 
     name: str
@@ -125,6 +142,7 @@ class MergeStep:
     sources: tuple[Operand, ...]
     weights: tuple[float, ...]
     options: Options = ()
+    precision_name: str | None = None
 
     @property
     def numel(self) -> int:
@@ -141,7 +159,7 @@ class MergeStep:
         """The tensors this step writes to the sidecar."""
         if self.precision_dtype is None:
             return ()
-        return (TensorEntry(self.name, self.precision_dtype, self.shape),)
+        return (TensorEntry(self.precision_name or self.name, self.precision_dtype, self.shape),)
 
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
@@ -156,9 +174,18 @@ class TensorStep(MergeStep):
     Attributes:
         transposed: the weight of a linear layer is stored as (in_features, out_features); it is merged as
             (out_features, in_features).
+        terms: the Kronecker terms of its merged precision, or None for a diagonal one.
     """
 
     transposed: bool = False
+    terms: MergedTerms | None = None
+
+    @property
+    def precision_entries(self) -> tuple[TensorEntry, ...]:
+        """The tensors this step writes to the sidecar: a diagonal, Kronecker factors, or both."""
+        own = super().precision_entries
+        shape = self.shape[::-1] if self.transposed else self.shape
+        return precision_entries(own[0], self.terms, shape) if own else ()
 
 
 @dataclass(frozen=True)
@@ -221,7 +248,9 @@ class ModuleStep:
         scaling: in factor space, the scaling that B refers to while it is merged; it is baked into the result.
         transposed: the base stores its weight, and the precision of it, as (in_features, out_features).
         options: the method's own parameters, as its kernel takes them.
-        whole: in product space, whether the method has to see all of dW at once.
+        whole: in product space, whether the merge has to see all of dW at once.
+        weight: name of the base's weight where the merged sidecar describes dW; None where it describes the factors.
+        terms: the Kronecker terms of the merged precision of dW, or None.
     """
 
     name: str
@@ -241,6 +270,8 @@ class ModuleStep:
     transposed: bool = False
     options: Options = ()
     whole: bool = False
+    weight: str | None = None
+    terms: MergedTerms | None = None
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -258,8 +289,11 @@ class ModuleStep:
         """The tensors this step writes to the sidecar."""
         if self.precision_dtype is None:
             return ()
-        shape_a, shape_b = self.shapes
         kind = self.precision_dtype
+        if self.weight is not None:
+            shape = (self.out_features, self.in_features)
+            return precision_entries(TensorEntry(self.weight, kind, shape), self.terms, shape)
+        shape_a, shape_b = self.shapes
         return (TensorEntry(self.a_name, kind, shape_a), TensorEntry(self.b_name, kind, shape_b))
 
     @property
@@ -270,6 +304,11 @@ class ModuleStep:
 
 
 Step = MergeStep | CopyStep | ModuleStep
+
+
+def terms_of(step: Step) -> MergedTerms | None:
+    """The Kronecker terms that a step writes to the merged sidecar, or None."""
+    return step.terms if isinstance(step, TensorStep | ModuleStep) else None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from mergekit_bayes.errors import NonFiniteError
 from mergekit_bayes.merge.apply import Record, apply_method, floored, labelled
 from mergekit_bayes.merge.checks import check_block, require_positive
+from mergekit_bayes.merge.merged_terms import write_precision
 from mergekit_bayes.merge.operands import OperandReader
 from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.sink import Sink
@@ -34,18 +35,21 @@ def run_tensor(step: TensorStep, plan: MergePlan, operands: OperandReader, sink:
         NumericalError: the method could not do its work.
     """
     if step.numel == 0:
-        _write(step, sink, torch.empty(step.shape), torch.empty(step.shape))
+        sink.mean(step.entries[0], torch.empty(step.shape), "the merge")
+        sink.precisions({entry: torch.empty(step.shape) for entry in step.precision_entries})
         return {}
     base, sources = _posteriors(step, operands)
     merged, measures = apply_method(plan, step, base, sources, step.weights)
     record = labelled(measures, [source.label for source in step.sources])
-    precision = merged.precision_tensor()
     if plan.method.precision != "unused":
-        require_positive(step, precision.expand_as(merged.mean))
-        record |= floored(plan, precision.expand_as(merged.mean))
+        precision = merged.precision_tensor().expand_as(merged.mean)
+        require_positive(step, precision)
+        record |= floored(plan, precision)
         gaps = [float(mismatch(merged.mean, source, base)) for source in sources]
         record["mismatch"] = {source.label: gap for source, gap in zip(step.sources, gaps, strict=True)}
-    _write(step, sink, merged.mean, (precision * plan.precision_scale).expand_as(merged.mean))
+    _write_mean(step, sink, merged.mean.T if step.transposed else merged.mean)
+    entries, scale = step.precision_entries, plan.precision_scale
+    write_precision(sink, entries, step.terms, merged, scale=scale, transposed=step.transposed)
     return record
 
 
@@ -58,17 +62,11 @@ def _posteriors(step: TensorStep, operands: OperandReader) -> tuple[Posterior, l
     return base, sources
 
 
-def _write(step: TensorStep, sink: Sink, mean: Tensor, precision: Tensor) -> None:
-    (entry,) = step.entries
+def _write_mean(step: TensorStep, sink: Sink, mean: Tensor) -> None:
     try:
-        sink.mean(entry, _as_stored(step, mean), "the merge")
+        sink.mean(step.entries[0], mean, "the merge")
     except NonFiniteError as error:
         raise NonFiniteError(
             f"{step.name}: every input is finite but the merged values are not, or do not fit {step.dtype}; "
             "choose a wider out_dtype, or smaller weights"
         ) from error
-    sink.precisions({entry: _as_stored(step, precision) for entry in step.precision_entries})
-
-
-def _as_stored(step: TensorStep, values: Tensor) -> Tensor:
-    return values.T if step.transposed else values
