@@ -102,7 +102,7 @@ def add_squares(total: Tensor, uses: Sequence[tuple[Rule, Use]], rows: int) -> N
         if at_once == 1:
             total.addcmul_(gradient[0].to(total.dtype), gradient[0].to(total.dtype))
         else:
-            total.add_(gradient.to(total.dtype).square().sum(0))
+            total.add_(gradient.to(total.dtype).square_().sum(0))
 
 
 def add_lookup_squares(total: Tensor, rule: Lookup, use: Use, rows: int) -> None:

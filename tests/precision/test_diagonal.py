@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation.speed.alternate import allocated
 from mergekit_bayes.errors import DataError, ModelError, NonFiniteError, ShapeMismatchError
 from mergekit_bayes.precision.diagonal import EmpiricalFisher, Fisher, GaussNewton
 from mergekit_bayes.precision.estimator import Counts, Estimator
@@ -245,3 +246,14 @@ def test_the_size_of_a_target_is_what_its_sum_takes() -> None:
         estimator: Estimator = kind(model, targets)
         sizes = {weight.name: kind.size(weight) for weight in targets.weights}
         assert sizes == {name: value.nbytes for name, value in estimator.sums().items()}
+
+
+def test_memory_is_one_copy_of_what_is_estimated_and_a_chunk() -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, bias=False) for _ in range(8)]).eval()
+    model.forward = lambda x: torch.nn.Sequential.forward(model, x)  # by name, as the batch has it
+    targets = find_targets(model, space="full")
+    batch = {"x": torch.randn(16, 4, 1024), "labels": torch.zeros(16, 4, dtype=torch.int64), "row": torch.arange(16)}
+    create("fisher", model, targets, seed=0, chunk_size=16).update(batch)  # whatever is made once, is made
+    peak, _ = allocated(lambda: create("fisher", model, targets, seed=0, chunk_size=16).update(batch))
+    copy = sum(value.nbytes for value in model.parameters())
+    assert copy < peak < 1.5 * copy  # gradients of all rows at once would be 16 copies
