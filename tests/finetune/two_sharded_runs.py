@@ -18,13 +18,17 @@ sys.path.insert(0, str(ROOT))
 
 warnings.simplefilter("ignore")
 
-ENVIRONMENT = {
-    "ACCELERATE_USE_CPU": "true",
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-}
-"""What `accelerate launch --use_fsdp --fsdp_version 2` sets, as far as it matters here."""
+LAUNCH = ["--num_machines=1", "--machine_rank=0", "--num_processes=2", "--main_process_port=0", "--dynamo_backend=no"]
+LAUNCH += ["--mixed_precision=no", "--use_fsdp", "--fsdp_version=2", "script"]
+
+
+def launched() -> dict[str, str]:
+    """What `accelerate launch --use_fsdp --fsdp_version 2` tells Accelerate about sharding, by its own account."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    told = prepare_multi_gpu_env(launch_command_parser().parse_args(LAUNCH))
+    return {name: value for name, value in told.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
 
 
 def recipes(bases: Path, *, rows: int) -> dict[str, dict[str, Any]]:
@@ -119,7 +123,7 @@ def main() -> None:
     bases, folder = (Path(argument) for argument in sys.argv[1:])
     content = recipes(bases, rows=2)
     for name in content:
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(name != "full")
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(name != "full").lower()
         run(content[name], folder / name)
     for name in ("lora", "adamw"):
         stopped(content[name], folder / f"{name}, stopped")
@@ -127,5 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(launched(), ACCELERATE_USE_CPU="true")
     main()
