@@ -4,7 +4,8 @@
     plan_merge            what a recipe would do, from headers alone
     load_recipe           read and check a recipe
     load_posterior        a checkpoint or adapter with its sidecar, as one posterior per tensor
-    Diagonal, Isotropic   the posterior families and their algebra
+    Diagonal, Isotropic   posteriors of independent weights and their algebra
+    Kronecker, Mixture    posteriors of linear layers, and several posteriors of one task
     merge_posteriors      the rule: natural parameters add
     mismatch              what a merge is predicted to cost a source
     merge_method          register a merge method of your own
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.merge.plan import plan_merge
     from mergekit_bayes.merge.registry import Parameter, merge_method, method_names
     from mergekit_bayes.merge.run import merge
-    from mergekit_bayes.posterior import Diagonal, Isotropic, merge_posteriors, mismatch
+    from mergekit_bayes.posterior import Diagonal, Isotropic, Kronecker, Mixture, merge_posteriors, mismatch
     from mergekit_bayes.recipe import load_recipe
 
 __version__ = "0.1.0"
@@ -43,7 +44,9 @@ __all__ = [  # noqa: RUF022 - in the order of `sorted`, which a test checks
     "Diagonal",
     "IVON",
     "Isotropic",
+    "Kronecker",
     "MergekitBayesError",
+    "Mixture",
     "Parameter",
     "estimate_precision",
     "finetune",
@@ -62,7 +65,9 @@ _HOMES = {
     "Diagonal": "mergekit_bayes.posterior",
     "IVON": "mergekit_bayes.finetune",
     "Isotropic": "mergekit_bayes.posterior",
+    "Kronecker": "mergekit_bayes.posterior",
     "MergekitBayesError": "mergekit_bayes.errors",
+    "Mixture": "mergekit_bayes.posterior",
     "Parameter": "mergekit_bayes.merge.registry",
     "estimate_precision": "mergekit_bayes.estimate.run",
     "load_posterior": "mergekit_bayes.merge.load",

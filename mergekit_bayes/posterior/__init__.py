@@ -12,6 +12,8 @@
     eigenbasis.py            bases in which it is nearly diagonal
     solve.py                 the two together
     closed_form.py           what needs its eigenvalues: volume, traces, samples
+    mixture.py       Mixture: several posteriors of one task
+    mixture_rule.py  merge_mixtures: the rule for them, by expectation maximisation
     mismatch.py      mismatch: what a merge will cost each source
 
 A posterior holds a `mean` and a `precision`: the inverse variance at data scale, that is, of the loss summed
@@ -29,6 +31,8 @@ from mergekit_bayes.posterior.isotropic import Isotropic
 from mergekit_bayes.posterior.kronecker import Kronecker
 from mergekit_bayes.posterior.kronecker_rule import merge_kronecker
 from mergekit_bayes.posterior.mismatch import mismatch
+from mergekit_bayes.posterior.mixture import Mixture
+from mergekit_bayes.posterior.mixture_rule import merge_mixtures
 from mergekit_bayes.posterior.rule import check_inputs, merge_posteriors
 from mergekit_bayes.posterior.term import Term
 
@@ -36,10 +40,12 @@ __all__ = [
     "Diagonal",
     "Isotropic",
     "Kronecker",
+    "Mixture",
     "Posterior",
     "Term",
     "check_inputs",
     "merge_kronecker",
+    "merge_mixtures",
     "merge_posteriors",
     "mismatch",
 ]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Kronecker"]
+__all__ = ["Kronecker", "as_kronecker"]
 
 
 @final
@@ -122,11 +122,7 @@ class Kronecker(Posterior):
 
     def admit(self, poorer: Posterior) -> Kronecker:
         """A posterior of a poorer family as one of this family without terms; see `Posterior.admit`."""
-        if isinstance(poorer, Kronecker):
-            return poorer
-        if not isinstance(poorer, Elementwise):
-            raise MethodError(f"a `{poorer.family}` posterior cannot be expressed with Kronecker terms")
-        return Kronecker.unchecked(poorer.mean, poorer.precision, ())
+        return as_kronecker(poorer)
 
     def shrunk(self, gamma: float) -> Self:
         """The off-diagonal entries of the factors drawn towards zero: 0 changes nothing, 1 leaves a diagonal S.
@@ -148,15 +144,18 @@ class Kronecker(Posterior):
         return type(self).unchecked(self.mean, diagonal, terms)
 
     def inputs_only(self) -> Self:
-        """All outputs given the same precision, the average of theirs: terms I (x) A, which are one when added up.
+        """All outputs given the same precision, the average of theirs: a scalar diagonal and one term I (x) A.
 
-        A diagonal that differs between the outputs is averaged over them as well.
+        A diagonal that differs between the inputs goes into A, but for its smallest number.
         """
         rows = len(self.mean)
-        diagonal = self.diagonal.mean(dim=0).expand_as(self.mean) if self.diagonal.dim() else self.diagonal
-        return type(self).unchecked(
-            self.mean, diagonal, combined(Term(term.over_outputs(rows), None) for term in self.terms)
-        )
+        terms = [Term(term.over_outputs(rows), None) for term in self.terms]
+        diagonal = self.diagonal
+        if diagonal.dim():
+            columns = diagonal.mean(dim=0)
+            diagonal = columns.amin() if columns.numel() else diagonal.new_ones(())
+            terms.append(Term((columns - diagonal).diag(), None))
+        return type(self).unchecked(self.mean, diagonal, combined(terms))
 
     def check(self) -> Self:
         """Check the values and return the posterior itself; see `Posterior.check`.
@@ -239,7 +238,7 @@ class Kronecker(Posterior):
     def merge(
         cls, base: Posterior, sources: Sequence[Posterior], weights: Tensor, *, floor: float | None = None
     ) -> Kronecker:
-        """The rule, with its system solved to a residual of 1e-6; see `merge_kronecker`.
+        """The rule, with its system solved to a relative residual of 1e-4; see `merge_kronecker`.
 
         Raises:
             NonPositivePrecisionError: negative weights have left S without positive definiteness.
@@ -248,6 +247,20 @@ class Kronecker(Posterior):
         from mergekit_bayes.posterior.kronecker_rule import merge_kronecker
 
         return merge_kronecker(base, sources, weights, floor=floor)[0]
+
+
+def as_kronecker(posterior: Posterior) -> Kronecker:
+    """A posterior of this family or a poorer one, in this family.
+
+    Raises:
+        MethodError: a richer family.
+        ShapeMismatchError: the mean is not a matrix.
+    """
+    if isinstance(posterior, Kronecker):
+        return posterior
+    if not isinstance(posterior, Elementwise):
+        raise MethodError(f"a `{posterior.family}` posterior cannot be expressed with Kronecker terms")
+    return Kronecker.unchecked(posterior.mean, posterior.precision, ())
 
 
 def _check_shapes(mean: Tensor, diagonal: Tensor, terms: Sequence[Term]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_bayes.errors import NonPositivePrecisionError
 from mergekit_bayes.posterior.conjugate_gradients import Solution
-from mergekit_bayes.posterior.kronecker import Kronecker
+from mergekit_bayes.posterior.kronecker import Kronecker, as_kronecker
 from mergekit_bayes.posterior.rule import check_inputs
 from mergekit_bayes.posterior.solve import solve
 from mergekit_bayes.posterior.term import Term, combined
@@ -37,7 +37,7 @@ def merge_kronecker(
     weights: Tensor,
     *,
     floor: float | None = None,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-4,
     max_iterations: int = 200,
 ) -> tuple[Kronecker, Solution]:
     r"""Merge posteriors of one linear layer by the rule, and say how well its system was solved.
@@ -63,11 +63,10 @@ def merge_kronecker(
         NonPositivePrecisionError: S is seen not to be positive definite.
     """
     check_inputs(sources, weights, base=base)
-    host = next(each for each in (base, *sources) if isinstance(each, Kronecker))
     rest = 1 - weights.sum()
     # What has no share is not touched: with weights that sum to one this is the base.
     shares = [
-        (float(share), host.admit(posterior))
+        (float(share), as_kronecker(posterior))
         for share, posterior in zip((rest, *weights), (base, *sources), strict=True)
         if float(share) != 0.0
     ]

@@ -15,6 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.errors import ShapeMismatchError
+from mergekit_bayes.posterior.eigenbasis import sum_of
+from mergekit_bayes.posterior.mixture import Mixture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +31,8 @@ def mismatch(merged_mean: Tensor, source: Posterior, base: Posterior) -> Tensor:
 
     Exact for a quadratic loss with curvature S_t - S_0 and minimum m_t. When m_t minimises the loss plus the
     prior, so that a slope remains, it is the increase beyond that slope. Negative where the base is more
-    certain than the source.
+    certain than the source. For a mixture it is the average over its components, by their responsibilities at the
+    merged mean and at the default temperature of `merge_mixtures`.
 
     Args:
         merged_mean: m, shape (*weight).
@@ -46,4 +49,10 @@ def mismatch(merged_mean: Tensor, source: Posterior, base: Posterior) -> Tensor:
         raise ShapeMismatchError(
             f"mismatch: merged mean of shape {tuple(merged_mean.shape)}, source of {tuple(source.mean.shape)}"
         )
+    if isinstance(source, Mixture):
+        shares = source.responsibilities(merged_mean, temperature=float(max(1, merged_mean.numel())))
+        parts = [
+            mismatch(merged_mean, each, base) * share for each, share in zip(source.components, shares, strict=True)
+        ]
+        return sum_of(parts)
     return source.quadratic(merged_mean - source.mean, beyond=base) / 2

@@ -30,11 +30,14 @@ from mergekit_bayes.posterior import Posterior
 
 NAMES = (
     "gradient_matching",
+    "gram",
     "hessian_weighted",
     "iso_c",
     "iso_cts",
     "knots",
+    "kronecker",
     "linear",
+    "mixture",
     "posterior",
     "task_arithmetic",
     "ties",

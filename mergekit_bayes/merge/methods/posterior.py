@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from mergekit_bayes.posterior import Posterior
 
 
-@merge_method("posterior", base="required", precision="optional", prior="required", paper="arXiv 2506.14262")
+@merge_method(
+    "posterior",
+    base="required",
+    precision="optional",
+    prior="required",
+    paper="arXiv 2506.14262",
+    families=("isotropic", "diagonal", "kronecker", "mixture"),
+)
 def posterior(
     base: Posterior, sources: Sequence[Posterior], weights: Tensor, *, floor: float | None = None
 ) -> Posterior:
@@ -26,7 +33,8 @@ def posterior(
     (Khan, "Knowledge adaptation as posterior correction", arXiv 2506.14262; Monzón Maldonado et al.,
     "Variational model merging", arXiv 2412.08147.) Unlike `gradient_matching` it does not ask every source
     for a precision: one without a sidecar has a mean and knows no more than the prior, S_t = S_0. With no
-    sidecar at all this is task arithmetic.
+    sidecar at all this is task arithmetic. Kronecker factors are taken as they are and mixtures at their default
+    temperature; `kronecker` and `mixture` are the same rule with parameters for those families.
 
     Args:
         base: mean theta_0 and prior precision S_0, shape (*weight).
