@@ -102,10 +102,11 @@ def _passes(recipe: PrecisionRecipe, trained: list[Trained]) -> Iterator[str]:
     yield f"{spec.name} ({spec.family}) in {recipe.space} space: {spec.summary}"
     if trained:
         count = _entries(recipe, trained[0], spec)
-        size = format_bytes(4 * count)
-        most = "" if recipe.max_memory is None else f", in groups of {format_bytes(recipe.max_memory)}"
+        most = recipe.max_memory
+        groups = "" if most is None or most >= 4 * count else f", at most {format_bytes(most)} of them in one pass"
         about = "about " if spec.factors and recipe.space == "full" else ""
-        yield f"{about}{count:,} numbers are summed up{most}: {size}"
+        verb = "read" if spec.source == "state" else "summed up"
+        yield f"{about}{count:,} numbers are {verb}: {format_bytes(4 * count)}{groups}"
     units = "the units looked at" if recipe.training_units is None else f"{recipe.training_units:,}"
     yield f"N = {units}, prior precision N x {recipe.prior.weight_decay:g}"
 
@@ -139,4 +140,5 @@ def _output(recipe: PrecisionRecipe, trained: list[Trained]) -> Iterator[str]:
     SidecarFolder(target, overwrite=True).check()
     present = target.is_dir() and find_sidecar(target) is not None
     noted = " (has a sidecar; replaced only with --overwrite)" if present else ""
-    yield f"{target}{noted}: sidecar in {recipe.output.precision}, report, figure"
+    figure = "" if recipe.data is None else ", figure"
+    yield f"{target}{noted}: sidecar in {recipe.output.precision}, report{figure}"

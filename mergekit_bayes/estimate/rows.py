@@ -19,7 +19,7 @@ from mergekit_bayes.data import Rows, collate, deal, epoch_order
 
 __all__ = ["Feed"]
 
-_BLOCKS = 25  # points of the figure
+_BLOCKS, _FEWEST = 25, 8  # points of the figure: so many, and not fewer for the sake of full batches
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Feed:
     def blocks(self) -> list[list[int]]:
         """The same, in blocks."""
         order = self.order
-        size = max(self.batch_size, math.ceil(len(order) / _BLOCKS))
+        size = max(math.ceil(len(order) / _BLOCKS), min(self.batch_size, math.ceil(len(order) / _FEWEST)))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     @property
