@@ -2,6 +2,7 @@
 
     ivon/                           the optimizer: samples weights, keeps a mean and a curvature; export to precisions
     setup.py, optimizers.py         everything a run consists of; starting values that the recipe leaves open
+    engine.py                       devices and processes; a whole model in each, or one in shards
     feed.py, step.py, loss.py       rows of one step; its gradient, whole or in micro-batches; units of the loss
     loop.py, schedule.py            steps and what happens between them; learning rates
     evaluation.py, monitor.py       scores on held-out rows; whether noise and curvature do what they should

@@ -7,6 +7,8 @@
 - underway.py: the gradients of one step, over micro-batches and samples
 - update.py: the equations on tensors, by operations that need no compiler
 - fused.py: the same, compiled
+- apply.py: which of the two, for everything that got a gradient
+- loading.py: a saved state, taken over in float32
 - finite.py: may the step be taken
 - prior.py: a weight decay that changes
 - sharding.py: weights spread over processes
