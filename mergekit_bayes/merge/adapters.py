@@ -150,6 +150,7 @@ def _module_step(
         whole=needs_whole(setting, list(operands.values())),
         weight=target if setting.sidecar_space == "product" else None,
         terms=terms_of(setting, base, sources, list(ordered.values())),
+        tasks=setting.tasks,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.checkpoint.header import TensorInfo
-from mergekit_bayes.merge.apply import Record, apply_method, floored, labelled
+from mergekit_bayes.merge.apply import Record, Source, apply_method, floored
 from mergekit_bayes.merge.checks import require_positive
 from mergekit_bayes.merge.lora import (
     Factors,
@@ -123,7 +123,7 @@ def _product(step: ModuleStep, plan: MergePlan, operands: OperandReader, sink: S
         write_precision(sink, step.precision_entries, step.terms, merged, scale=plan.precision_scale)
     elif step.precision_dtype is not None:
         # The fit is not linear, so the scale it is written at comes first.
-        spread = (merged.precision_tensor() * plan.precision_scale).reciprocal_()
+        spread = (merged.precision_tensor().expand_as(merged.mean) * plan.precision_scale).reciprocal_()
         variances, cost["variance_misfit"] = fit_factor_variances(*means, spread)
         precisions = (variances[0].reciprocal_(), variances[1].reciprocal_())
     _write_padded(step, means, precisions, sink)
@@ -210,13 +210,16 @@ def _merge(
     """Apply the method; an absent source has a zero update and the prior, or no say where precisions alone count."""
     labels = sorted(source.label for source in plan.sources)
     known = zip(labels, posteriors, step.weights, strict=True)
-    chosen = [
-        (label, base if q is None else q, weight)
-        for label, q, weight in known
-        if q is not None or not plan.method.needs_evidence
-    ]
-    merged, measures = apply_method(plan, step, base, [q for _, q, _ in chosen], [weight for *_, weight in chosen])
-    return merged, labelled(measures, [label for label, *_ in chosen])
+    return apply_method(
+        plan,
+        step,
+        base,
+        [
+            Source(label, base if q is None else q, weight)
+            for label, q, weight in known
+            if q is not None or not plan.method.needs_evidence
+        ],
+    )
 
 
 def _gaps(merged: Tensor, posteriors: Sequence[Posterior | None], base: Posterior) -> Tensor:

@@ -25,8 +25,8 @@ from mergekit_bayes.merge.inputs import Input, belongs, flatten, on_its_base, op
 from mergekit_bayes.merge.provenance import data_scale, merged_metadata, metadata_strings
 from mergekit_bayes.merge.registry import MergeMethod, get_method
 from mergekit_bayes.merge.setting import Setting
-from mergekit_bayes.merge.sidecars import add_notes, sidecar_problems
-from mergekit_bayes.merge.steps import CopyStep, Layout, MergeStep, Step, Unit
+from mergekit_bayes.merge.sidecars import add_notes, sidecar_problems, task_problems
+from mergekit_bayes.merge.steps import CopyStep, Layout, MergeStep, Step, Tasks, Unit
 from mergekit_bayes.merge.task import Task, agreed_task
 from mergekit_bayes.recipe import MergeRecipe, unused_filter_problems
 
@@ -65,6 +65,7 @@ class MergePlan:
         initial: what new modules of the output started from, written beside it; None where there is nothing to tell.
         dropped: tensors of the base that the output has no place for, with the reason, by name.
         task: what the sources were trained to do, as far as they tell.
+        tasks: which sources make up one task; nothing where each is one of its own.
     """
 
     recipe: MergeRecipe
@@ -82,6 +83,7 @@ class MergePlan:
     initial: Initial | None = None
     dropped: Mapping[str, str] = field(default_factory=dict)
     task: Task = field(default_factory=Task)
+    tasks: Tasks = ()
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -177,6 +179,7 @@ def plan_merge(recipe: MergeRecipe, out: Path | None = None, *, recipe_dir: Path
         initial=_initial(setting, layout),
         dropped=layout.dropped,
         task=setting.task,
+        tasks=setting.tasks,
     )
 
 
@@ -205,6 +208,7 @@ def _setting(recipe: MergeRecipe, folder: Path) -> Setting:
     if base is not None and method.prior == "required":
         problems.extend(belongs(base, None))
     problems.extend(sidecar_problems(method, sources, space))
+    problems.extend(task_problems(recipe, method))
     task = agreed_task(sources, problems)
     setting = Setting(recipe, method, base, tuple(sources), space, tuple(indices), task, problems, notes)
     if problems:

@@ -9,7 +9,7 @@ from mergekit_bayes.checkpoint.disk import format_bytes, free_bytes
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.memory import peak_memory
 from mergekit_bayes.merge.plan import MergePlan
-from mergekit_bayes.merge.steps import CopyStep, ModuleStep, Step, TensorStep, weights_by_label
+from mergekit_bayes.merge.steps import CopyStep, ModuleStep, Operand, Step, TensorStep, weights_by_label
 
 
 def plan_text(plan: MergePlan, *, steps: bool = True) -> str:
@@ -48,7 +48,8 @@ def _inputs(plan: MergePlan) -> list[str]:
     lines = []
     if plan.base is not None:
         lines.append(f"base       {plan.base.label}{_precision(plan.base)}")
-    return lines + [f"source     {source.label}{_precision(source)}" for source in plan.sources]
+    tasks = {label: f"  (task {task})" for task, labels in plan.tasks for label in labels}
+    return lines + [f"source     {s.label}{tasks.get(s.label, '')}{_precision(s)}" for s in plan.sources]
 
 
 def _precision(source: Input) -> str:
@@ -57,7 +58,8 @@ def _precision(source: Input) -> str:
     if source.sidecar is None:
         return "  (no precision)"
     metadata = source.sidecar.metadata
-    parts = [metadata.estimator, f"{metadata.space} space"]
+    family = [] if metadata.family == "diagonal" else [metadata.family]
+    parts = [metadata.estimator, *family, f"{metadata.space} space"]
     if metadata.num_examples:
         parts.append(f"{metadata.num_examples:,} {metadata.loss_unit or 'unit'}s")
     return f"  (precision: {', '.join(parts)})"
@@ -81,15 +83,19 @@ def _row(step: Step, labels: Sequence[str]) -> tuple[str, str, str, str, str]:
         return "copy", step.name, _shape(step.shape), step.dtype, step.reason
     known = weights_by_label(step)
     weights = ", ".join(f"{known[label]:g}" if label in known else "-" for label in labels)
-    options = "".join(f"; {name} {_value(value)}" for name, value in step.options)
+    options = "".join(f"; {name.rstrip('_')} {_value(value)}" for name, value in step.options)
     if isinstance(step, ModuleStep):
         shape = f"{step.out_features} x {step.in_features}, rank {step.rank}"
         return step.mode, step.name, shape, step.dtype, f"weights {weights}{options}"
     # A source without a precision of its own has been given the prior's.
-    found = sum(source.has_precision and source.precision != step.base.precision for source in step.sources)
+    found = sum(_known_beyond(source, step.base) for source in step.sources)
     precisions = f"; precisions {found} of {len(step.sources)}" if step.precision_dtype is not None else ""
     kind = "whole" if isinstance(step, TensorStep) else "merge"
     return kind, step.name, _shape(step.shape), step.dtype, f"weights {weights}{precisions}{options}"
+
+
+def _known_beyond(source: Operand, prior: Operand) -> bool:
+    return source.curvature is not None or (source.has_precision and source.precision != prior.precision)
 
 
 def _value(value: object) -> str:

@@ -128,6 +128,7 @@ def report(plan: MergePlan, records: Mapping[str, Mapping[str, object]], options
         "mismatch": _mismatch(plan, records),
         "layers": _measurements(records),
         "largest": _largest(records),
+        "responsibilities": _responsibilities(records),
         "seed": plan.recipe.seed,
         "options": dict(options),
         "versions": _versions(),
@@ -188,14 +189,24 @@ def _measurements(records: Mapping[str, Mapping[str, object]]) -> dict[str, dict
 
 
 def _largest(records: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, object]]:
-    """The layer where an approximation of adapters is worst, for each of its measures."""
+    """The layer where an approximation is worst, for each of its measures."""
     found: dict[str, dict[str, object]] = {}
-    for key in ("cross_terms", "lost_energy", "truncation_loss", "variance_misfit"):
+    for key in ("cross_terms", "iterations", "lost_energy", "residual", "truncation_loss", "variance_misfit"):
         values = {name: value for name in sorted(records) if isinstance(value := records[name].get(key), float)}
         if values:
             worst = max(values, key=lambda name: values[name])
             found[key] = {"layer": worst, "value": values[worst]}
     return found
+
+
+def _responsibilities(records: Mapping[str, Mapping[str, object]]) -> dict[str, float]:
+    """The share of every component of a mixture in its task, on average over the tensors that have it."""
+    found: dict[str, list[float]] = {}
+    for name in sorted(records):
+        shares = records[name].get("responsibilities")
+        for label, share in shares.items() if isinstance(shares, Mapping) else ():
+            found.setdefault(label, []).append(float(share))
+    return {label: sum(shares) / len(shares) for label, shares in found.items()}
 
 
 def _versions(names: Sequence[str] = ("mergekit-bayes", "torch", "safetensors")) -> dict[str, str]:

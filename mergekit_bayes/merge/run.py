@@ -31,11 +31,13 @@ COMPILE_FROM_BYTES = 24 << 30
 
 APPROXIMATIONS = {
     "cross_terms": "cross terms of averaging A and B separately, relative to the exact update",
+    "iterations": "iterations of the solver",
     "lost_energy": "share of the update's squared norm lost to the rank",
-    "truncation_loss": "loss that the posterior predicts for what the rank cuts off, in nats summed over its data",
+    "residual": "relative residual of the solver",
+    "truncation_loss": "predicted loss of what the rank cuts off, in nats (with `scale: mean`, per training unit)",
     "variance_misfit": "relative error of the variance in the factors' precisions",
 }
-"""What a report's measures of merged adapters say, in words."""
+"""What a report's measures of approximations say, in words."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class MergeResult:
         for label, gap in self.report["mismatch"].items():
             unit = f" ({gap['per_unit']:.3g} per training unit)" if gap["per_unit"] is not None else ""
             lines.append(f"  predicted loss increase of {label}: {gap['total']:.4g}{unit}")
+        for label, share in self.report["responsibilities"].items():
+            lines.append(f"  share of {label} in its task: {share:.3g} on average over the tensors")
         for key, worst in self.report["largest"].items():
             lines.append(f"  {APPROXIMATIONS[key]}: at most {worst['value']:.3g}, in {worst['layer']}")
         lines += [f"  note: {note}" for note in tensors["notes"]]

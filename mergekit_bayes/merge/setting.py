@@ -22,7 +22,7 @@ from mergekit_bayes.errors import (
 )
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.registry import MergeMethod
-from mergekit_bayes.merge.steps import Operand, Options, Step
+from mergekit_bayes.merge.steps import Operand, Options, Step, Tasks
 from mergekit_bayes.merge.task import Task
 from mergekit_bayes.recipe import MergeRecipe
 
@@ -79,18 +79,39 @@ class Setting:
             MethodError: weights or parameters the method cannot use.
             RecipeError: a source has no weight for this tensor.
         """
-        recipe = self.recipe
-        weights = []
-        for index in self.indices:
-            weight = recipe.setting("weight", tensor_name=name, t=position, source=index)
+        weights: dict[str, float] = {}
+        for source, index in zip(self.sources, self.indices, strict=True):
+            path = ("models", index, "parameters", "weight")
+            weight = self.recipe.setting("weight", tensor_name=name, t=position, source=index)
             if weight is None:
-                path = ("models", index, "parameters", "weight")
-                raise RecipeError(recipe.describe(path, f"no filter gives tensor {name} a weight."))
-            weights.append(float(weight))
+                raise RecipeError(self.recipe.describe(path, f"no filter gives tensor {name} a weight."))
+            task = self.task_names[source.label]
+            if weights.setdefault(task, float(weight)) != weight:
+                why = (
+                    f"{weight:g} for {name}, {weights[task]:g} in another source of task {task}; a task has one weight"
+                )
+                raise RecipeError(self.recipe.describe(path, why))
         try:
-            return self.method.effective_weights(weights, self._parameters_at(name, position))
+            effective = self.method.effective_weights(list(weights.values()), self._parameters_at(name, position))
         except MethodError as error:
             raise MethodError(f"{name}: {error}") from error
+        by_task = dict(zip(weights, effective, strict=True))
+        return tuple(by_task[self.task_names[source.label]] for source in self.sources)
+
+    @cached_property
+    def task_names(self) -> Mapping[str, str]:
+        """The task of every source, by its label: what the recipe says, else one of its own under the same name."""
+        named = zip(self.sources, self.indices, strict=True)
+        return {source.label: self.recipe.models[index].task or source.label for source, index in named}
+
+    @cached_property
+    def tasks(self) -> Tasks:
+        """The sources of every task, both sorted; nothing where each is a task of its own."""
+        found: dict[str, list[str]] = {}
+        for label, task in sorted(self.task_names.items()):
+            found.setdefault(task, []).append(label)
+        grouped = any(len(labels) > 1 for labels in found.values())
+        return tuple((task, tuple(found[task])) for task in sorted(found)) if grouped else ()
 
     def _parameters_at(self, name: str, position: float, source: int | None = None) -> dict[str, object]:
         """The method's parameters for one tensor, without weights and defaults, of a source or of the whole merge."""
@@ -113,7 +134,9 @@ class Setting:
         if not self.method.options:
             return ()
         index = dict(zip((source.label for source in self.sources), self.indices, strict=True))
-        own = [self._parameters_at(name, position, index[label]) for label in labels]
+        # Parameters that differ between sources are those of a task's first one.
+        heads = [members[0] for _, members in self.tasks] or labels
+        own = [self._parameters_at(name, position, index[label]) for label in heads]
         try:
             return tuple(self.method.kernel_options(self._parameters_at(name, position), own).items())
         except MethodError as error:

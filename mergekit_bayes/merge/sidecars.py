@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata
-from mergekit_bayes.errors import MergekitBayesError, MethodError, SidecarMismatchError
+from mergekit_bayes.errors import MergekitBayesError, MethodError, RecipeError, SidecarMismatchError
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.registry import MergeMethod, methods_for_family
 from mergekit_bayes.merge.setting import Setting
+from mergekit_bayes.recipe import MergeRecipe
 
 
 def sidecar_problems(method: MergeMethod, sources: Sequence[Input], space: str) -> Iterator[MergekitBayesError]:
@@ -34,6 +35,15 @@ def sidecar_problems(method: MergeMethod, sources: Sequence[Input], space: str) 
                 f"{where}: describes the updates dW of an adapter, not its factors; expected precisions of factors for "
                 "space: factor, or use space: product or full"
             )
+
+
+def task_problems(recipe: MergeRecipe, method: MergeMethod) -> Iterator[MergekitBayesError]:
+    """Tasks in a recipe whose method takes every model for a task of its own."""
+    for index, source in enumerate(recipe.models if "mixture" not in method.families else ()):
+        if source.task is not None:
+            able = ", ".join(methods_for_family("mixture")) or "none"
+            why = f"{method.name} does not merge several models of one task; methods that do: {able}"
+            yield RecipeError(recipe.describe(("models", index, "task"), why))
 
 
 def add_notes(setting: Setting) -> None:

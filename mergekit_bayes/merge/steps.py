@@ -117,6 +117,10 @@ Options = tuple[tuple[str, object], ...]
 """The parameters that a kernel takes by keyword, with their values for one tensor; hashable."""
 
 
+Tasks = tuple[tuple[str, tuple[str, ...]], ...]
+"""The sources as a method sees them: names of tasks, each with the labels of the sources that are its components."""
+
+
 @dataclass(frozen=True)
 class MergeStep:
     """Merge one dense tensor, elementwise.
@@ -175,10 +179,12 @@ class TensorStep(MergeStep):
         transposed: the weight of a linear layer is stored as (in_features, out_features); it is merged as
             (out_features, in_features).
         terms: the Kronecker terms of its merged precision, or None for a diagonal one.
+        tasks: which sources make up one task; nothing where each is one of its own.
     """
 
     transposed: bool = False
     terms: MergedTerms | None = None
+    tasks: Tasks = ()
 
     @property
     def precision_entries(self) -> tuple[TensorEntry, ...]:
@@ -251,6 +257,7 @@ class ModuleStep:
         whole: in product space, whether the merge has to see all of dW at once.
         weight: name of the base's weight where the merged sidecar describes dW; None where it describes the factors.
         terms: the Kronecker terms of the merged precision of dW, or None.
+        tasks: which sources make up one task; nothing where each is one of its own.
     """
 
     name: str
@@ -272,6 +279,7 @@ class ModuleStep:
     whole: bool = False
     weight: str | None = None
     terms: MergedTerms | None = None
+    tasks: Tasks = ()
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -27,7 +27,7 @@ def merge_step(setting: Setting, step: MergeStep, *, transposed: bool = False) -
         transposed = sides[0] == step.shape[0]
     known = {each.name: getattr(step, each.name) for each in fields(step)}
     terms = terms_of(setting, step.base, step.sources, step.weights)
-    return TensorStep(**known, transposed=transposed, terms=terms)
+    return TensorStep(**known, transposed=transposed, terms=terms, tasks=setting.tasks)
 
 
 def needs_whole(setting: Setting, operands: Sequence[Operand | None]) -> bool:

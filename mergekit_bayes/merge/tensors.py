@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import NonFiniteError
-from mergekit_bayes.merge.apply import Record, apply_method, floored, labelled
+from mergekit_bayes.merge.apply import Record, Source, apply_method, floored
 from mergekit_bayes.merge.checks import check_block, require_positive
 from mergekit_bayes.merge.merged_terms import write_precision
 from mergekit_bayes.merge.operands import OperandReader
@@ -39,8 +39,8 @@ def run_tensor(step: TensorStep, plan: MergePlan, operands: OperandReader, sink:
         sink.precisions({entry: torch.empty(step.shape) for entry in step.precision_entries})
         return {}
     base, sources = _posteriors(step, operands)
-    merged, measures = apply_method(plan, step, base, sources, step.weights)
-    record = labelled(measures, [source.label for source in step.sources])
+    known = zip((source.label for source in step.sources), sources, step.weights, strict=True)
+    merged, record = apply_method(plan, step, base, [Source(*each) for each in known])
     if plan.method.precision != "unused":
         precision = merged.precision_tensor().expand_as(merged.mean)
         require_positive(step, precision)

@@ -95,11 +95,14 @@ class SourceSpec(Spec):
         parameters: `weight` and whatever else the method takes per source.
         precision: None for the sidecar beside the model if there is one, a path to a sidecar, a number for
             the same precision everywhere, or False to ignore a sidecar.
+        task: name of the task it was trained for; models of one task are components of one mixture, for methods that
+            know mixtures.
     """
 
     model: Annotated[str, checked(model_reference)]
     parameters: Annotated[Parameters, PlainValidator(_source_parameters)] = Parameters()
     precision: Annotated[str | float | Literal[False] | None, checked(_source_precision)] = None
+    task: Annotated[str | None, checked(field.optional(field.text))] = None
 
 
 class PrecisionSpec(Spec):

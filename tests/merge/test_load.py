@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mergekit_bayes import Diagonal, Isotropic, MergekitBayesError, load_posterior, merge_posteriors
+from mergekit_bayes.posterior import Kronecker
 from tests.merge.builders import (
     random_precisions,
     random_tensors,
@@ -17,6 +18,7 @@ from tests.merge.builders import (
     write_precisions,
 )
 from tests.merge.dense_problem import WEIGHTS, write_problem
+from tests.merge.test_kronecker import PRIOR, factors, precision, write_adapters
 
 SHAPES = {"a.weight": (3, 4), "b": (2,), "scale": ()}
 
@@ -86,3 +88,40 @@ def test_a_merge_in_python_is_the_merge_of_the_files(tmp_path: Path) -> None:
         merged = merge_posteriors(base[name], [source[name] for source in sources], torch.tensor(WEIGHTS)).check()
         torch.testing.assert_close(merged.mean, written[name], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(merged.precision_tensor(), sidecar[name], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4), (4, 4)])
+def test_factors_make_it_kronecker(shape: tuple[int, int], transposed: bool, tmp_path: Path) -> None:
+    """A layer is (out, in) then; a bias tells where the shape does not."""
+    means = random_tensors(0, {"h.0.up.weight": shape, "h.0.up.bias": shape[:1], "h.0.down.weight": (5, 3)})
+    means["h.0.down.bias"] = torch.zeros(3 if transposed else 5)
+    stored = {**means, "h.0.up.weight": means["h.0.up.weight"].T.contiguous()} if transposed else means
+    write_checkpoint(tmp_path / "model", stored)
+    drawn = factors(1, shape, "kfac", terms=2, name="h.0.up.weight")
+    write_precisions(tmp_path / "model", drawn, family="kronecker", prior_precision=0.5)
+    posterior = load_posterior(tmp_path / "model")
+    found = posterior["h.0.up.weight"]
+    assert isinstance(found, Kronecker)
+    assert torch.equal(found.mean, means["h.0.up.weight"])
+    assert float(found.diagonal) == 0.5
+    x = random_tensors(2, {"x": shape})["x"]
+    seen = found.quadratic(x)
+    wanted = (
+        x.double().numpy().reshape(-1) @ precision(drawn, shape, 0.5, "h.0.up.weight") @ x.double().numpy().reshape(-1)
+    )
+    assert float(seen) == pytest.approx(float(wanted), rel=1e-5)
+    assert isinstance(posterior["h.0.up.bias"], Isotropic)
+
+
+def test_updates_of_an_adapter(tmp_path: Path) -> None:
+    means, sidecars = write_adapters(tmp_path, ("kfac", "diagonal"))
+    for name, mean, own in zip(("one", "two"), means, sidecars, strict=True):
+        posterior = load_posterior(tmp_path / name)
+        assert list(posterior) == ["layers.0.up.weight"]
+        found = posterior["layers.0.up.weight"]
+        torch.testing.assert_close(found.mean.double(), mean, rtol=1e-5, atol=1e-6)
+        assert isinstance(found, Kronecker if name == "one" else Diagonal)
+        x = torch.ones(3, 4)
+        wanted = precision(own, (3, 4), PRIOR).sum()
+        assert float(found.quadratic(x)) == pytest.approx(float(wanted), rel=1e-5)

@@ -100,7 +100,7 @@ def test_what_the_rank_costs_is_said(method: str, rank: int | None, sources: lis
         lost = torch.linalg.norm(wanted.mean - seen).square() / torch.linalg.norm(wanted.mean).square()  # type: ignore[arg-type]
         assert measured["lost_energy"] == pytest.approx(float(lost), rel=1e-6)
         assert measured["lost_energy"] > lost_energy(wanted.mean, kept)
-    assert "loss that the posterior predicts for what the rank cuts off" in result.summary()
+    assert "predicted loss of what the rank cuts off" in result.summary()
 
 
 @pytest.mark.parametrize("method", SCALAR_METHODS)
