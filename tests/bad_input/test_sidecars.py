@@ -92,6 +92,35 @@ CASES: Mapping[str, tuple[Callable[[Site], object], tuple[str, ...]]] = {
         lambda site: edit_metadata(site, family="mixture"),
         ("family is 'mixture', expected diagonal or kronecker",),
     ),
+    "of an adapter's updates": (
+        lambda site: edit_metadata(site, space="product"),
+        (f"{{root}}/{FILE}: describes the updates of an adapter (space product); expected the adapter",),
+    ),
+    "factors of an adapter's factors": (
+        lambda site: edit_metadata(site, family="kronecker", space="factor"),
+        ("space is factor, expected product or full for the family kronecker",),
+    ),
+    "factors that do not fit": (
+        lambda site: (
+            edit_metadata(site, family="kronecker"),
+            edit_values(site, lambda t: t.update({f"{HEAD}.input_factor": torch.eye(5)[None]})),
+        ),
+        ("lm_head.weight: input_factor has shape (1, 5, 5); expected the sides of a weight (6, 4)",),
+    ),
+    "factors of a layer that is not there": (
+        lambda site: (
+            edit_metadata(site, family="kronecker"),
+            edit_values(site, lambda t: t.update({"extra.weight.input_factor": torch.eye(5)[None]})),
+        ),
+        ("holds precisions for extra.weight; expected only tensors of the checkpoint",),
+    ),
+    "half of the factors": (
+        lambda site: (
+            edit_metadata(site, family="kronecker"),
+            edit_values(site, lambda t: t.update({f"{HEAD}.output_factor": torch.eye(6)[None]})),
+        ),
+        (f"{{root}}/{FILE}: lm_head.weight: has output_factor but no input_factor",),
+    ),
     "no number": (
         lambda site: edit_metadata(site, prior_precision="much"),
         ("prior_precision is 'much', expected a finite number",),
