@@ -82,4 +82,4 @@ class Feed:
     def name(self, row: int) -> str:
         """Returns a row as people find it: its number within its data set, counted from 1."""
         part = next(part for part in self.rows.parts if part.start <= row < part.stop)
-        return f"row {row - part.start + 1} of {part.name}"
+        return f"row {row - part.start + 1}" + (f" of {part.name}" if part.name else "")

@@ -23,6 +23,7 @@ from mergekit_bayes.checkpoint.index import Checkpoint
 from mergekit_bayes.checkpoint.orientation import orient
 from mergekit_bayes.checkpoint.provenance import read_provenance
 from mergekit_bayes.checkpoint.reference import parse_reference, resolve
+from mergekit_bayes.checkpoint.sidecar_metadata import METADATA_KEY
 from mergekit_bayes.errors import CheckpointError, MissingTensorError, ModelError
 from mergekit_bayes.model.base_identity import BaseIdentity, open_base, stored_dtype
 from mergekit_bayes.model.library import FAILURES, failure, hush_bitsandbytes
@@ -246,8 +247,6 @@ def _labels(config: Mapping[str, object]) -> tuple[str, ...] | None:
 
 
 def _about(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    from mergekit_bayes.checkpoint.sidecar_metadata import METADATA_KEY
-
     try:
         content = json.loads(read_header(checkpoint.files[0]).metadata.get(METADATA_KEY, "{}"))
     except (ValueError, RecursionError):
