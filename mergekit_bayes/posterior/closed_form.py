@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mergekit_bayes.errors import MethodError, NonPositivePrecisionError
 from mergekit_bayes.posterior.eigenbasis import Basis, spectrum
 from mergekit_bayes.posterior.solve import solve, tightest
-from mergekit_bayes.posterior.term import Term, combined
+from mergekit_bayes.posterior.term import ROUNDING, Term, combined
 
 if TYPE_CHECKING:
     import torch
@@ -197,9 +197,11 @@ def _factor_semi_definite(factor: Tensor) -> bool:
     import torch
 
     diagonal = factor.diagonal()
+    if factor.numel() == 0:
+        return True
     if bool((diagonal < 0).any()):
         return False
-    room = 4 * torch.finfo(factor.dtype).eps * len(factor) * diagonal.amax()
+    room = 4 * ROUNDING * len(factor) * diagonal.amax()
     if not room > 0:
         return bool((factor == 0).all())
     shifted = factor.clone()

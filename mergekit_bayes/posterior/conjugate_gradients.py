@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.errors import NonFiniteError, NonPositivePrecisionError
+from mergekit_bayes.posterior.term import ROUNDING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def conjugate_gradients(
         The solution, converged or not: every iteration lowers the error in the norm of S.
 
     Raises:
-        NonPositivePrecisionError: a direction p with p^T S p <= 0 was met.
+        NonPositivePrecisionError: a direction p was met along which p^T S p is negative beyond rounding.
         NonFiniteError: NaN or infinity came up.
     """
     x, residual = b.new_zeros(b.shape), b
@@ -97,6 +98,8 @@ def _descend(
         image = times(direction)
         curvature = _square(direction, image)
         if not curvature > 0:
+            if curvature >= -_rounding(preconditioner) * _square(direction, direction):
+                return x, iteration  # only directions are left in which S drowns in its own rounding
             _refuse(curvature, iteration)
         length = square / curvature
         x.add_(direction, alpha=length)
@@ -107,6 +110,11 @@ def _descend(
             return x, iteration
         direction.mul_(square / previous).add_(scaled)
     return x, max_iterations
+
+
+def _rounding(preconditioner: Tensor) -> float:
+    """The curvature along a unit vector that rounding can fake."""
+    return 16 * ROUNDING * float(preconditioner.amax())
 
 
 def _refuse(curvature: float, iteration: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from mergekit_bayes.posterior.term import Term
+from mergekit_bayes.posterior.term import ROUNDING, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,11 +107,11 @@ def sum_of(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of a symmetric matrix; values at the size of rounding are zero."""
+    """Eigenvalues and eigenvectors of a symmetric matrix; negative values at the size of rounding are zero."""
     import torch
 
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     if values.numel() == 0:
         return values, vectors
-    noise = torch.finfo(values.dtype).eps * values.abs().amax() * len(values)
-    return values.where(values.abs() > noise, 0.0), vectors
+    noise = ROUNDING * values.abs().amax() * len(values)
+    return values.where((values > 0) | (values < -noise), 0.0), vectors

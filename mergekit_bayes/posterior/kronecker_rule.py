@@ -19,7 +19,7 @@ from mergekit_bayes.posterior.conjugate_gradients import Solution
 from mergekit_bayes.posterior.kronecker import Kronecker, as_kronecker
 from mergekit_bayes.posterior.rule import check_inputs
 from mergekit_bayes.posterior.solve import solve
-from mergekit_bayes.posterior.term import Term, combined
+from mergekit_bayes.posterior.term import ROUNDING, Term, combined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,13 +109,19 @@ def _force(shares: Sequence[Share], origin: Tensor) -> Tensor:
 
 
 def _solve_inputs(diagonal: Tensor, terms: Sequence[Term], force: Tensor) -> Solution:
-    """Solve x (d I + A) = b by a Cholesky factorisation in the dtype of b."""
+    """Solve x (d I + A) = b by a Cholesky factorisation in the dtype of b.
+
+    Rounding can leave an A of few examples with eigenvalues below -d; it then gets as much as rounding may be.
+    """
     import torch
 
     (term,) = terms
     matrix = term.input.to(force.dtype, copy=True)
     matrix.diagonal().add_(diagonal)
     factor, fault = torch.linalg.cholesky_ex(matrix)
+    if int(fault):
+        matrix.diagonal().add_(len(matrix) * ROUNDING * matrix.diagonal().amax().clamp(min=0))
+        factor, fault = torch.linalg.cholesky_ex(matrix)
     if int(fault):
         raise NonPositivePrecisionError(
             f"the precision of {len(matrix)} inputs is not positive definite, seen at input {int(fault)}; "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from mergekit_bayes.errors import NonPositivePrecisionError
 from mergekit_bayes.posterior.conjugate_gradients import Solution, conjugate_gradients
 from mergekit_bayes.posterior.eigenbasis import eigenbasis
+from mergekit_bayes.posterior.term import ROUNDING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,10 +71,11 @@ def _preconditioner(diagonal: Tensor, turned: Sequence[Term]) -> Tensor:
     for term in turned:
         total = total + term.diagonal()
     lowest, highest = (float(bound) for bound in total.aminmax())
-    noise = 16 * torch.finfo(total.dtype).eps * highest
-    if lowest < -noise or highest <= 0:
+    if lowest < -16 * ROUNDING * highest or highest <= 0:
         raise NonPositivePrecisionError(
             f"the precision is not positive definite: its curvature along a direction is {lowest:.3g}; "
             "a precision must be positive in every direction"
         )
-    return total.clamp(min=noise)
+    # A negative number shows that the factors carry the rounding of float32, whatever dtype they have by now.
+    unit = torch.finfo(total.dtype).eps if lowest > 0 else ROUNDING
+    return total.clamp(min=16 * unit * highest)

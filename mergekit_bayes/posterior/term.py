@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["Term", "combined"]
+__all__ = ["ROUNDING", "Term", "combined"]
+
+ROUNDING = 2.0**-23
+"""Relative size of what may be rounding in a factor, whatever its dtype: that of float32, in which factors are stored."""
 
 
 class Term(NamedTuple):
