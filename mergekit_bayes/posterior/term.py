@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["ROUNDING", "Term", "combined"]
 
 ROUNDING = 2.0**-23
-"""Relative size of what may be rounding in a factor, whatever its dtype: that of float32, in which factors are stored."""
+"""Relative size of what may be rounding in a factor, whatever its dtype: that of float32, in which they are stored."""
 
 
 class Term(NamedTuple):
