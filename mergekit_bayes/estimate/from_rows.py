@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata
-from mergekit_bayes.checkpoint.tensors import write_tensors
 from mergekit_bayes.estimate.finish import Finished, finish
 from mergekit_bayes.estimate.folder import SidecarFolder
 from mergekit_bayes.estimate.memory import agree_on_bytes
@@ -21,7 +20,7 @@ from mergekit_bayes.estimate.progress import follow
 from mergekit_bayes.estimate.request import Request
 from mergekit_bayes.estimate.rows import Feed
 from mergekit_bayes.estimate.setup import load_data, load_model, make_feed, targets_of
-from mergekit_bayes.estimate.sidecar import describe_precision, precisions
+from mergekit_bayes.estimate.sidecar import describe_precision, write_group
 from mergekit_bayes.precision.estimator import Estimator
 from mergekit_bayes.precision.registry import EstimatorSpec, create, get_estimator
 from mergekit_bayes.precision.targets import Target, Targets
@@ -121,8 +120,8 @@ def _estimate(work: _Work) -> list[GroupSummary]:
                 curvature, summary = passes.run(number, partial(work.make, targets))
                 if request.leads:
                     dtype = getattr(torch, request.recipe.output.precision)
-                    found = precisions(curvature, work.metadata, units=summary.counts.units, dtype=dtype)
-                    write_tensors(folder.staging / _file(number), found)
+                    path = folder.staging / _file(number)
+                    write_group(path, curvature, work.metadata, units=summary.counts.units, dtype=dtype)
                     folder.journal.add(_file(number), summary.record(), [_file(number)])
                 request.accelerator.wait_for_everyone()
             else:

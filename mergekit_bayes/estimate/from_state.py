@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from mergekit_bayes.checkpoint.files import shown
-from mergekit_bayes.checkpoint.tensors import write_tensors
 from mergekit_bayes.errors import CheckpointError
 from mergekit_bayes.estimate.finish import Finished, finish
 from mergekit_bayes.estimate.optimizer_state import read_adam_state
 from mergekit_bayes.estimate.request import Request
 from mergekit_bayes.estimate.setup import load_model
-from mergekit_bayes.estimate.sidecar import describe_precision, precisions
+from mergekit_bayes.estimate.sidecar import describe_precision, write_group
 from mergekit_bayes.model.trained import parameter_names
 from mergekit_bayes.precision.adam import adam_curvature
 
@@ -62,8 +61,8 @@ def estimate_from_state(request: Request) -> Mapping[str, Any]:
     metadata = describe_precision(trained, known, num_examples=units, weight_decay=recipe.prior.weight_decay)
     folder = request.working_folder(None)
     with request.entered(folder):
-        found = precisions(curvature, metadata, units=units, dtype=getattr(torch, recipe.output.precision))
-        write_tensors(folder.staging / _FILE, found)
+        dtype = getattr(torch, recipe.output.precision)
+        write_group(folder.staging / _FILE, curvature, metadata, units=units, dtype=dtype)
         return finish(request, folder, Finished(metadata, [_FILE], None, None, {}, [_NOTE]))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["agree_on_bytes"]
 
-_SHARE = 0.5  # of what is free: gradients of the rows looked at together need the rest
+_SHARE = 0.4  # of what is free: gradients of the rows looked at together need the rest
 _ITEM = "max_bytes"
 
 
@@ -21,7 +21,7 @@ def agree_on_bytes(asked: int | None, folder: SidecarFolder, accelerator: Accele
     """Returns the bytes that sums may take; the same for all processes, and for a run that goes on.
 
     Args:
-        asked: what the recipe says; None for half of what is free once the model is loaded.
+        asked: what the recipe says; None for two fifths of what is free once the model is loaded.
         folder: remembers it.
         accelerator: connects the processes.
     """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.checkpoint.disk import write_atomically
+from mergekit_bayes.checkpoint.dtypes import dtype_named
 from mergekit_bayes.checkpoint.header import TensorInfo, read_header
 from mergekit_bayes.checkpoint.kronecker_tensors import EIGENVALUES, factored_weights, split_name
 from mergekit_bayes.checkpoint.reader import BlockReader
@@ -24,7 +25,7 @@ from mergekit_bayes.checkpoint.writer import ShardWriter, TensorEntry, index_jso
 from mergekit_bayes.model.trained import Trained
 from mergekit_bayes.precision.scale import scaled
 
-__all__ = ["check_written", "describe_precision", "join_groups", "precisions"]
+__all__ = ["check_written", "describe_precision", "join_groups", "precisions", "write_group"]
 
 _STEM = "precision"
 _MAX_SHARD_BYTES = 5 * 10**9
@@ -81,9 +82,49 @@ def precisions(
         weight, part = split_name(name)
         factored = metadata.family == "kronecker" and part is not None
         value = tensor.cpu() if factored else tensor.cpu() + metadata.prior_precision
-        found[name] = value if factored and weight in based and part != EIGENVALUES else value.to(dtype)
+        found[name] = value.to(_stored_dtype(name, metadata, dtype, based=weight in based))
     check_values(found, metadata)
     return found
+
+
+def write_group(
+    path: Path, curvature: Mapping[str, Tensor], metadata: SidecarMetadata, *, units: float, dtype: torch.dtype
+) -> None:
+    """Writes the tensors of a sidecar that one group of targets gives, one target after the other.
+
+    Only one target at a time is copied: the curvature itself may take most of the memory.
+
+    Args:
+        path: the file.
+        curvature: as for `precisions`, like the arguments after it.
+        metadata: of the sidecar.
+        units: that the curvature was summed over.
+        dtype: what is stored.
+
+    Raises:
+        NumericalError: values that no precision has.
+        OutputError: the disk failed.
+    """
+    targets: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in curvature.items():
+        factored = metadata.family == "kronecker"
+        targets.setdefault(split_name(name)[0] if factored else name, {})[name] = tensor
+    entries = []
+    for parts in targets.values():
+        based = any(name.endswith(f".{EIGENVALUES}") for name in parts)
+        for name, tensor in parts.items():
+            stored = _stored_dtype(name, metadata, dtype, based=based)
+            entries.append(TensorEntry(name, dtype_named(str(stored).removeprefix("torch.")), tuple(tensor.shape)))
+    (layout,) = layout_shards(entries, stem=path.stem, max_shard_bytes=1 << 62, metadata={})
+    with ShardWriter(path, layout) as writer:
+        for parts in targets.values():
+            for name, tensor in precisions(parts, metadata, units=units, dtype=dtype).items():
+                writer.write(name, 0, tensor.contiguous().reshape(-1))
+
+
+def _stored_dtype(name: str, metadata: SidecarMetadata, dtype: torch.dtype, *, based: bool) -> torch.dtype:
+    part = split_name(name)[1] if metadata.family == "kronecker" else None
+    return torch.float32 if based and part not in (None, EIGENVALUES) else dtype
 
 
 def join_groups(staging: Path, groups: Sequence[str], metadata: SidecarMetadata) -> list[str]:

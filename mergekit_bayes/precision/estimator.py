@@ -196,7 +196,8 @@ class Estimator(ABC):
             seen = self._observe(chunk)
             apart = alone or seen.apart or not self._needs_rows()
             if apart and seen.finite:
-                self._add(seen, chunk)
+                with torch.no_grad():  # a module's own function may depend on other parameters of it
+                    self._add(seen, chunk)
                 return Counts(len(chunk), chunk.units)
             if alone:
                 return Counts(skipped=chunk.numbers)

@@ -74,7 +74,7 @@ class PrecisionRecipe(Recipe):
         prior: what is known without data.
         batch_size: rows looked at together; for `adam`, training units per optimizer step.
         max_skipped: largest share of rows that may be skipped because their gradients are not finite.
-        max_memory: bytes for what is summed up; more is estimated in several passes. None: half of what is free.
+        max_memory: bytes for what is summed up; more is estimated in several passes. None: a share of what is free.
         seed: of the rows and of what is drawn for them.
         output: where and how to write.
     """

@@ -12,7 +12,7 @@ from mergekit_bayes.checkpoint.sidecar import SidecarMetadata, open_sidecar
 from mergekit_bayes.checkpoint.tensors import read_tensors, write_tensors
 from mergekit_bayes.errors import NonPositivePrecisionError
 from mergekit_bayes.estimate import sidecar
-from mergekit_bayes.estimate.sidecar import join_groups, precisions
+from mergekit_bayes.estimate.sidecar import join_groups, precisions, write_group
 
 METADATA: dict[str, Any] = {
     "family": "kronecker",
@@ -72,6 +72,19 @@ def test_bases_keep_their_type() -> None:
 def test_what_no_precision_is_is_refused() -> None:
     with pytest.raises(NonPositivePrecisionError, match="precision of w: 1 of 2 entries are not positive"):
         found({"w": torch.tensor([-1.0, 1.0])}, DIAGONAL)
+
+
+def test_a_group_is_written_target_by_target_as_it_is_at_once(tmp_path: Path) -> None:
+    values = {"w.eigenvalues": torch.rand(1, 2, 2), "v.input_factor": EYE, "b": torch.rand(3)}
+    tensors = {"w.input_factor": EYE, **values, "w.output_factor": EYE}
+    for metadata, curvature in ((KRONECKER, tensors), (DIAGONAL, {"w": torch.rand(2, 2), "b": torch.rand(3)})):
+        write_group(tmp_path / "group", curvature, metadata, units=10, dtype=torch.bfloat16)
+        expected = found(curvature, metadata, torch.bfloat16)
+        written = read_tensors(tmp_path / "group")
+        assert written.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert written[name].dtype == tensor.dtype
+            assert torch.equal(written[name], tensor)
 
 
 def test_groups_become_one_sidecar(tmp_path: Path) -> None:
