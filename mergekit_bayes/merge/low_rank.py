@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from mergekit_bayes.errors import NonPositivePrecisionError
 from mergekit_bayes.merge.lora import Factors
 from mergekit_bayes.merge.projected import Projected, parts, seen_by_inputs, seen_by_outputs
 from mergekit_bayes.merge.truncation import Truncated, truncate_dense, truncate_factors
@@ -146,10 +147,13 @@ def _root(diagonal: Tensor, matrices: list[Tensor]) -> Tensor | None:
 
 
 def _improved(posterior: Posterior, pull: Tensor, a: Tensor, b: Tensor, loss: float) -> tuple[Tensor, Tensor]:
-    """Lower L by turns until a turn gains next to nothing of it."""
+    """Lower L by turns until a turn gains next to nothing of it, or rounding shows a direction of no precision."""
     for _ in range(SWEEPS):
-        a, b, gain_b = _solve_outputs(posterior, pull, a, b)
-        a, b, gain_a = _solve_inputs(posterior, pull, a, b)
+        try:
+            a, b, gain_b = _solve_outputs(posterior, pull, a, b)
+            a, b, gain_a = _solve_inputs(posterior, pull, a, b)
+        except NonPositivePrecisionError:
+            break
         loss -= gain_a + gain_b
         if gain_a + gain_b <= GAIN * max(loss, 0.0):
             break
@@ -172,7 +176,13 @@ def _solve_inputs(posterior: Posterior, pull: Tensor, a: Tensor, b: Tensor) -> t
 
 
 def _step(precision: Projected, pull: Tensor, factor: Tensor) -> tuple[Tensor, float]:
-    """S_F^-1 (pull - S_F factor), roughly, and what it gains: <force, step> - 1/2 <step, S_F step>."""
+    """S_F^-1 (pull - S_F factor), roughly, and what it gains: <force, step> - 1/2 <step, S_F step>.
+
+    Raises:
+        NonPositivePrecisionError: S_F is not positive definite.
+    """
+    if not bool((precision.diagonal > 0).all()):
+        raise NonPositivePrecisionError("a factor of the merged update meets a direction without precision")
     force = pull - precision.times(factor)
     step = conjugate_gradients(
         precision.times,

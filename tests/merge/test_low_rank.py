@@ -160,3 +160,13 @@ def test_singular_factors_leave_the_plain_start(monkeypatch: pytest.MonkeyPatch)
     posterior = precisions(12, 9)["all"]
     kept = _kept(posterior, 3)
     assert kept.loss < kept.plain_loss
+
+
+@pytest.mark.parametrize("size", [0.5, 50.0])
+def test_a_precision_that_rounding_made_indefinite_ends_the_turns(size: float) -> None:
+    """A source taken away leaves next to nothing, or less, in one direction; the rest is still cut, and no worse."""
+    mean, direction = normal(13, 8, 6), torch.nn.functional.normalize(normal(14, 6), dim=0)
+    term = Term(definite(15, 6) * 1e-3 - size * torch.outer(direction, direction), None)
+    kept = _kept(Kronecker.unchecked(mean, torch.tensor(0.4).double(), [term]), 2)
+    assert kept.a.isfinite().all()
+    assert kept.loss <= kept.plain_loss
