@@ -38,29 +38,40 @@ class Spectrum(NamedTuple):
         return Spectrum(self.u[:, :count], self.sigma[:count], self.v[:, :count])
 
 
-def spectrum(matrix: Tensor, size: float | None = None) -> Spectrum:
-    """Decompose a matrix; its rank is numerical, with numpy's bound max(shape) * eps * size.
+def spectrum(matrix: Tensor, size: float = 0.0) -> Spectrum:
+    """Decompose a matrix; its rank is numerical, with the bound max(shape) * eps * max(size, largest singular value).
 
     Args:
         matrix: shape (rows, columns).
-        size: a singular value of that size is rounded at eps * size; by default the largest one. A difference of
-            matrices is rounded at the size of those.
+        size: of what the matrix was computed from, where that was larger (`size_of`).
     """
     u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
-    rounding = max(matrix.shape) * torch.finfo(matrix.dtype).eps
-    rank = int((sigma > rounding * (sigma[:1] if size is None else size)).sum())
+    bound = max(matrix.shape) * torch.finfo(matrix.dtype).eps * sigma[:1].clamp_min(size)
+    rank = int((sigma > bound).sum())
     return Spectrum(u[:, :rank], sigma[:rank], vh[:rank].T)
 
 
-def size_of(matrices: Sequence[Tensor]) -> float:
-    """The largest root mean square singular value among matrices: sums and differences of them are rounded at it."""
-    return max(float(torch.linalg.norm(matrix)) / math.sqrt(min(matrix.shape)) for matrix in matrices)
+def size_of(matrices: Sequence[Tensor], base: Tensor) -> float:
+    """The size at which task matrices, their sums and their differences are rounded, for the bound of `spectrum`.
+
+    That of the matrices is their largest root mean square singular value. Being differences of weights they carry the
+    rounding of the base's as well: entries of independent errors eps |theta_0|, whose largest singular value is about
+    2 eps |theta_0|_F / sqrt(min(shape)).
+    """
+    root = math.sqrt(min(base.shape))
+    own = max(float(torch.linalg.norm(matrix)) for matrix in matrices)
+    return max(own, 4 * float(torch.linalg.norm(base)) / max(base.shape)) / root
 
 
-def shared_basis(matrices: Sequence[Tensor]) -> Tensor:
-    """Left singular vectors of [M_1 .. M_T], shape (rows, rank), by way of the triangular factor of its transpose."""
+def shared_basis(matrices: Sequence[Tensor], size: float) -> Tensor:
+    """Left singular vectors of [M_1 .. M_T], shape (rows, rank), by way of the triangular factor of its transpose.
+
+    Args:
+        matrices: of the same shape.
+        size: see `spectrum`.
+    """
     triangle = torch.linalg.qr(torch.cat(list(matrices), dim=1).T, mode="r").R
-    return spectrum(triangle.T).u
+    return spectrum(triangle.T, size).u
 
 
 def coordinates(basis: Tensor, matrix: Tensor) -> Tensor:

@@ -28,7 +28,16 @@ def test_what_cancels_has_no_direction() -> None:
     left = 0.3 * matrix - (0.1 * matrix + 0.2 * matrix)
     assert left.any(), "rounding is left"
     assert spectrum(left).sigma.numel() > 0
-    assert spectrum(left, size_of([0.3 * matrix])).sigma.numel() == 0
+    assert spectrum(left, size_of([0.3 * matrix], torch.zeros_like(matrix))).sigma.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ratio", [1e-1, 1e-3])
+def test_an_update_of_a_checkpoint_has_the_rank_it_was_made_with(dtype: torch.dtype, ratio: float) -> None:
+    """Rounding of the base's weights is left in every direction of the difference."""
+    base, update = _normal(13, 128, 96, dtype=dtype), _normal(14, 128, 4, dtype=dtype) @ _normal(15, 4, 96, dtype=dtype)
+    task = (base + ratio * update) - base
+    assert spectrum(task, size_of([task], base)).sigma.numel() == 4
 
 
 def test_the_nearest_isometry() -> None:
@@ -53,7 +62,7 @@ def test_the_isometry_of_columns_said_twice_shares_them() -> None:
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (6, 2)])
 def test_a_basis_for_all(shape: tuple[int, int]) -> None:
     matrices = [_normal(seed, *shape) for seed in (6, 7)]
-    basis = shared_basis(matrices)
+    basis = shared_basis(matrices, 0.0)
     rank = min(shape[0], 2 * shape[1])
     torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=torch.float64))
     side_by_side = torch.cat(matrices, dim=1)

@@ -55,7 +55,7 @@ def iso_c(
     matrices = task_matrices(base, sources, alpha)
     if not matrices:
         return Merge(base.with_mean(base.mean.clone()), {"rank": 0.0, "singular_value": 0.0})
-    parts = spectrum(sum(matrices[1:], start=matrices[0]), size_of(matrices))
+    parts = spectrum(sum(matrices[1:], start=matrices[0]), size_of(matrices, base.mean))
     rank = parts.sigma.numel()
     value = float(parts.sigma.mean()) if rank else 0.0
     merged = (parts.u @ parts.v.T).mul_(value * scale).add_(base.mean)

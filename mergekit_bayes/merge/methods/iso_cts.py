@@ -68,7 +68,7 @@ def iso_cts(
     matrices = task_matrices(base, sources, alpha)
     if not matrices:
         return Merge(base.with_mean(base.mean.clone()), {"rank": 0.0, "common_rank": 0.0, "singular_value": 0.0})
-    size = size_of(matrices)
+    size = size_of(matrices, base.mean)
     whole = spectrum(sum(matrices[1:], start=matrices[0]), size)
     share = task_share(whole.sigma.numel(), len(matrices), common_fraction)
     common = whole.top(whole.sigma.numel() - share * len(matrices))

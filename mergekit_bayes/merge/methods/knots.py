@@ -62,7 +62,7 @@ def knots(
     import torch
 
     from mergekit_bayes.merge.consensus import elect, trim
-    from mergekit_bayes.merge.spectral import coordinates, is_matrix, shared_basis
+    from mergekit_bayes.merge.spectral import coordinates, is_matrix, shared_basis, size_of
 
     check_inputs(sources, weights, base=base)
     alpha = weights.to(base.mean.dtype)
@@ -70,7 +70,7 @@ def knots(
     moved = [(source.mean - base.mean) * alpha[position] for position, source in enumerate(sources)]
     basis = None
     if is_matrix(base.mean):
-        basis = shared_basis(moved)
+        basis = shared_basis(moved, size_of(moved, base.mean))
         moved = [coordinates(basis, each) for each in moved]  # diag(sigma) V_t^T
     votes = torch.stack([trim(each, share) for each, share in zip(moved, densities, strict=True)])
     agrees = elect(votes, undecided=0.0)

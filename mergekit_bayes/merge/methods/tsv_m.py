@@ -47,7 +47,7 @@ def tsv_m(
     Returns:
         The merge, and as measure `rank`: the number of triples it is made of.
     """
-    from mergekit_bayes.merge.spectral import average, is_matrix, isometry, joined, spectrum, task_matrices
+    from mergekit_bayes.merge.spectral import average, is_matrix, isometry, joined, size_of, spectrum, task_matrices
 
     check_inputs(sources, weights, base=base)
     alpha = weights.to(base.mean.dtype)
@@ -57,6 +57,7 @@ def tsv_m(
     if not matrices:
         return Merge(base.with_mean(base.mean.clone()), {"rank": 0.0})
     share = max(1, min(base.mean.shape) // len(matrices))
-    parts = joined([spectrum(matrix).top(share) for matrix in matrices])
+    size = size_of(matrices, base.mean)
+    parts = joined([spectrum(matrix, size).top(share) for matrix in matrices])
     merged = (isometry(parts.u) * parts.sigma) @ isometry(parts.v).T
     return Merge(base.with_mean(merged.mul_(scale).add_(base.mean)), {"rank": float(parts.sigma.numel())})
