@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mergekit_bayes.checkpoint.disk import format_bytes
 from mergekit_bayes.errors import OutputError
 from mergekit_bayes.merge.plan import MergePlan
-from mergekit_bayes.merge.steps import ModuleStep, TensorStep
+from mergekit_bayes.merge.steps import ModuleStep, Operand, TensorStep
 
 LIBRARY_BYTES = 320 << 20
 """Resident size of Python with torch loaded, before the first block."""
@@ -18,9 +18,16 @@ LIBRARY_BYTES = 320 << 20
 BLOCK_BYTES = 16 << 20
 """Bytes of input in flight per worker: large enough for full disk bandwidth, small enough not to matter in memory."""
 
-WORKING_COPIES = 6
-"""Tensors of the merged size that a method which sees whole tensors may need beside its inputs, one task vector per
-source not counted: those of a conjugate gradient solver, or a decomposition and its result."""
+WORKING_COPIES = 10
+"""Tensors of the merged size that a method which sees whole tensors may need beside its inputs: those of a conjugate
+gradient solver, or a decomposition and its result."""
+
+COPIES_PER_SOURCE = 3
+"""The same for every source: its task vector, and what a decomposition makes of it."""
+
+FACTOR_COPIES, BASIS_COPIES = 4, 4
+"""How often Kronecker factors are held while they are shrunk and turned into a common basis, and what finding that
+basis takes, in matrices of the factors' sizes."""
 
 
 def default_workers() -> int:
@@ -97,17 +104,27 @@ def whole_bytes(step: TensorStep | ModuleStep, compute_dtype: str) -> int:
 
 def _tensor_bytes(step: TensorStep, item: int) -> int:
     stored = sum(tensor.nbytes for tensor in step.inputs)
-    copies = len(step.inputs) + len(step.sources) + WORKING_COPIES
-    return stored + copies * step.numel * item
+    copies = 2 + (2 + COPIES_PER_SOURCE) * len(step.sources) + WORKING_COPIES
+    return stored + copies * step.numel * item + _curvature_bytes(step.sources, item)
+
+
+def _curvature_bytes(sources: Sequence[Operand | None], item: int) -> int:
+    """What Kronecker factors take beside the bytes they are read from."""
+    known = [each.curvature for each in sources if each is not None and each.curvature is not None]
+    parts = [tensor for curvature in known for tensor in curvature.tensors]
+    largest = max((sum(tensor.numel for tensor in curvature.tensors) for curvature in known), default=0)
+    return (FACTOR_COPIES * sum(tensor.numel for tensor in parts) + BASIS_COPIES * largest) * item
 
 
 def _module_bytes(step: ModuleStep, item: int) -> int:
     factors = sum(tensor.nbytes for tensor in step.inputs) + step.rank * (step.in_features + step.out_features) * item
     # In product space: merged mean, its precision, what that makes of the mean, as much again while it is decomposed,
     # the products of trial factors, and a prior of that size.
-    layers = 8 + len(step.base.tensors) + (2 * len(step.sources) + WORKING_COPIES if step.whole else 0)
+    layers = 8 + len(step.base.tensors)
+    if step.whole:
+        layers += (1 + COPIES_PER_SOURCE) * len(step.sources) + WORKING_COPIES
     dense = layers * step.in_features * step.out_features * item if step.mode == "product" else 0
-    return 3 * factors + dense
+    return 3 * factors + dense + _curvature_bytes(step.sources, item)
 
 
 class Allowance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,67 @@ def test_neither_threads_nor_shards_nor_the_order_of_sources_show(tmp_path: Path
         first, second = (read(tmp_path / name) for name in ("first", "second"))  # type: ignore[operator]
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+EXACT = {"shrinkage": 0.0, "tolerance": 1e-12, "max_iterations": 1000}
+
+
+def shrunk(sidecar: Mapping[str, Tensor], gamma: float) -> dict[str, Tensor]:
+    """Plain factors with their off-diagonal entries times 1 - gamma."""
+    return {
+        key: value * (1 - gamma) + gamma * torch.diag_embed(value.diagonal(dim1=1, dim2=2))
+        if "factor" in key
+        else value
+        for key, value in sidecar.items()
+    }
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3])
+@pytest.mark.parametrize(("method", "kinds"), [("kronecker", ("kfac", "gram")), ("gram", ("gram", "gram"))])
+def test_the_methods_for_factors(method: str, kinds: Sequence[str], gamma: float, tmp_path: Path) -> None:
+    """The merged sidecar has the precision that the merge was made with, shrunk factors included."""
+    models, sidecars = write_models(tmp_path, kinds)
+    options = {**EXACT, "shrinkage": gamma} if method == "kronecker" else {"shrinkage": gamma}
+    result = merge(recipe(tmp_path, method=method, parameters=options), tmp_path / "out", threads=1)
+    known = [precision(shrunk(own, gamma), (3, 4), PRIOR) for own in sidecars]
+    wanted, total = solved(models["base"][W], [models[name][W] for name in NAMES], known, WEIGHTS, PRIOR)
+    torch.testing.assert_close(read_tensors(tmp_path / "out")[W], wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(precision(read_precisions(tmp_path / "out"), (3, 4), PRIOR), total, rtol=1e-5, atol=1e-5)
+    if method == "kronecker":
+        assert result.report["layers"][W]["residual"] <= 1e-12
+        assert re.search(rf"iterations of the solver: at most \d+, in {W}", result.summary())
+
+
+def test_regression_means_of_full_factors_count_outputs_alike(tmp_path: Path) -> None:
+    models, sidecars = write_models(tmp_path, ("kfac", "corrected"))
+    merge(recipe(tmp_path, method="regmean", parameters={"shrinkage": 0.0}), tmp_path / "out", threads=1)
+    known = []
+    for own in sidecars:
+        block = curvature(own, (3, 4)).reshape(3, 4, 3, 4)
+        inputs = sum(block[row, :, row, :] for row in range(3)) / 3
+        known.append(PRIOR * np.eye(12) + np.kron(np.eye(3), inputs))
+    wanted, total = solved(models["base"][W], [models[name][W] for name in NAMES], known, WEIGHTS, PRIOR)
+    torch.testing.assert_close(read_tensors(tmp_path / "out")[W], wanted, rtol=1e-5, atol=1e-5)
+    written = read_precisions(tmp_path / "out")
+    assert f"{W}.output_factor" not in written
+    np.testing.assert_allclose(precision(written, (3, 4), PRIOR), total, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixture_of_models_with_factors(tmp_path: Path) -> None:
+    """Two posteriors of one task: their shares sum to one, and the merge is the rule with them as weights."""
+    models, sidecars = write_models(tmp_path, ("kfac", "kfac"))
+    content = recipe(tmp_path, (0.75, 0.75), method="mixture", parameters={"tolerance": 0.0, "max_iterations": 200})
+    for model in content["models"]:
+        model["task"] = "code"
+    result = merge(content, tmp_path / "out", threads=1)
+    shares = result.report["layers"][W]["responsibilities"]
+    assert sum(shares.values()) == pytest.approx(1.0)
+    weights = [0.75 * shares[f"{tmp_path}/{name}"] for name in NAMES]
+    known = [precision(own, (3, 4), PRIOR) for own in sidecars]
+    wanted, total = solved(models["base"][W], [models[name][W] for name in NAMES], known, weights, PRIOR)
+    torch.testing.assert_close(read_tensors(tmp_path / "out")[W], wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(precision(read_precisions(tmp_path / "out"), (3, 4), PRIOR), total, rtol=1e-3, atol=1e-3)
+    assert "in its task: " in result.summary()
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from tests.merge.builders import (
     factor_names,
     random_precisions,
     random_tensors,
+    read_tensors,
     write_adapter,
     write_checkpoint,
     write_precisions,
@@ -107,6 +108,15 @@ def test_models_of_one_task_are_one_source(models: dict[str, dict[str, Tensor]],
     assert result.report["layers"][name]["norm"] == pytest.approx(sizes)
     assert set(result.report["mismatch"]) == set(sizes), "each component's own posterior says what the merge costs it"
     assert result.report["method"]["weights"] == dict(zip(sizes, (0.5, 0.75, 0.5), strict=True))
+
+
+def test_the_rule_itself_knows_tasks(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    """It acts entry by entry elsewhere, but shares of a mixture are those of whole tensors."""
+    tasks = ("code", None, "code")
+    for method in ("posterior", "mixture"):
+        merge(recipe(tmp_path, tasks, (0.5, 0.75, 0.5), merge_method=method), tmp_path / method, threads=1)
+    seen, wanted = (read_tensors(tmp_path / method) for method in ("posterior", "mixture"))
+    assert all(torch.allclose(seen[name], wanted[name], rtol=1e-4, atol=1e-5) for name in SHAPES)
 
 
 def test_a_task_of_one_is_no_mixture(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
