@@ -79,6 +79,8 @@ class SidecarFolder:
         if self.target.exists() and not self.target.is_dir():
             raise OutputError(f"{shown(self.target)}: the output must be a folder, and this is a file")
         present = self._present()
+        if self._work.exists():  # a run that was stopped while it put its files in place, the sidecar last
+            present = [name for name in present if _SIDECAR.fullmatch(name)]
         if present and not self.overwrite:
             raise OutputError(
                 f"{shown(self.target)}: holds {listed(present)}; replace the sidecar with `--overwrite`, or name "
@@ -126,7 +128,7 @@ class SidecarFolder:
         """Puts staged files in place and removes everything else.
 
         Args:
-            names: of the files; an index comes behind its shards.
+            names: of the files; the sidecar comes behind the others, and an index behind its shards.
 
         Raises:
             OutputError: the disk failed.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.estimate import two_passes
+from tests.estimate import killed_pass, two_passes
 from tests.estimate.runs import recipe, run, sidecar_of
 
 
@@ -62,3 +62,24 @@ def test_processes_that_were_cut_short_go_on_together(two: tuple[Path, str]) -> 
     assert two[1].count("interrupted") == 2
     one, other = sidecar_of(two[0] / "cut"), sidecar_of(two[0] / "fisher")
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["0", "3", "publish"])
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
+    llama: Path, adapter: Path, tmp_path: Path, moment: str
+) -> None:
+    whole = run(recipe(llama, adapter), tmp_path / "whole").folder
+    done = subprocess.run(
+        [sys.executable, killed_pass.__file__, str(llama), str(adapter), str(tmp_path / "cut"), moment],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert done.returncode == -9, done.stderr
+    assert not (tmp_path / "cut" / "precision.safetensors").exists()
+    cut = run(recipe(llama, adapter), tmp_path / "cut").folder
+    assert sorted(path.name for path in cut.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for name in ("precision.safetensors", "convergence.png"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from mergekit_bayes.errors import (
     ModelError,
     NonFiniteError,
     OutputError,
+    RecipeError,
 )
-from mergekit_bayes.estimate.run import estimate_precision
+from mergekit_bayes.estimate.run import estimate_precision, target_of
+from mergekit_bayes.model.trained import open_trained
+from mergekit_bayes.recipe import PrecisionRecipe, load_recipe
 from tests.estimate.runs import TABLES, recipe, run
 
 Refused = Callable[..., str]
@@ -45,6 +49,14 @@ def test_a_sidecar_that_is_there_is_refused_before_anything_is_read(llama: Path,
     with pytest.raises(OutputError, match=r"holds precision\.safetensors; replace the sidecar with `--overwrite`"):
         run(content, tmp_path)
     assert (tmp_path / "precision.safetensors").read_bytes() == b"mine"
+
+
+def test_what_is_of_the_hub_needs_another_folder(llama: Path, tmp_path: Path) -> None:
+    trained = replace(open_trained(str(llama), None), local=False)
+    loaded = load_recipe(recipe(llama), expect=PrecisionRecipe)
+    with pytest.raises(RecipeError, match=r"output\.path: missing; the model is of the hub: name a folder there"):
+        target_of(loaded, trained, None)
+    assert target_of(loaded, trained, tmp_path) == tmp_path
 
 
 def test_an_adapter_is_no_model(llama: Path, adapter: Path, refused: Refused) -> None:
