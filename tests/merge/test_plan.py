@@ -119,8 +119,20 @@ def full(root: Path) -> MergePlan:
     return plan_merge(recipe(root, "gradient_matching", LORA, space="full", precision={"prior": 0.01}))
 
 
+def kronecker(root: Path) -> MergePlan:
+    """One source has factors for the layers, the other diagonals."""
+    write_models(root)
+    own = random_precisions(1, {name: shape for name, shape in SHAPES.items() if "mlp" not in name}, above=1.0)
+    for seed, module in enumerate(MLP):
+        roots = random_tensors(seed, {"input_factor": (1, 16, 20), "output_factor": (1, 48, 60)})
+        own |= {f"{module}.weight.{part}": each @ each.mT for part, each in roots.items()}
+    facts = {"loss_unit": "token", "num_examples": 1000, "prior_precision": 0.5, "estimator": "kfac"}
+    write_precisions(root / "code", own, base=root / "base", family="kronecker", **facts)
+    return plan_merge(recipe(root, "kronecker", parameters={"shrinkage": [{"filter": "mlp", "value": [0, 0.5]}]}))
+
+
 PLANS: dict[str, Callable[[Path], MergePlan]] = {
-    each.__name__: each for each in (dense, sharded, product, stack, factor, full)
+    each.__name__: each for each in (dense, sharded, product, stack, factor, full, kronecker)
 }
 
 every_plan = pytest.mark.parametrize("make", PLANS.values(), ids=PLANS)
