@@ -25,6 +25,8 @@ class Case:
         dtype: dtype of every input checkpoint.
         max_shard_size: of every input checkpoint.
         dropped: substrings of the names of tensors that mergekit leaves out of its output without a word.
+        cuts: sources and their densities, where differences of 16-bit weights repeat: which of the entries as large
+            as the smallest one kept are kept is up to an unstable sort in mergekit, and no two processors need agree.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Case:
     dtype: str = "bfloat16"
     max_shard_size: str = "5GB"
     dropped: tuple[str, ...] = ()
+    cuts: tuple[tuple[str, float], ...] = ()
 
     @property
     def golden(self) -> Path:
@@ -277,6 +280,11 @@ _TIES = (
     Case("ties-gradient", TIES_GRADIENT, _DEEP, dtype="float32"),
     Case("ties-adapter", TIES_ADAPTER, dtype="float32"),
     Case("ties-float32-to-bfloat16", _options(TIES_THREE, dtype="float32", out_dtype="bfloat16"), dtype="float32"),
+    Case(
+        "ties-bfloat16-inputs",
+        _options(TIES_THREE, dtype="float32"),
+        cuts=(("one", 0.5), ("two", 0.3), ("three", 0.75)),
+    ),
     Case("ties-on-gpt2", TIES_THREE, "gpt2", dtype="float32", max_shard_size="8KB"),
 )
 

@@ -47,8 +47,9 @@ def ties(  # noqa: PLR0913  (a kernel and its options)
 
     entry by entry (Yadav et al., "TIES-Merging: Resolving interference when merging models", arXiv 2306.01708), as
     mergekit does it: the trim is per tensor, weights enter the election, a sum of exactly zero elects the positive
-    sign, and a denominator of zero is one. The paper trims to density 0.2 over all tensors together and averages
-    without weights; the default density is mergekit's.
+    sign, and a denominator of zero is one. Of entries just as large as the smallest one kept the first are kept, where
+    mergekit leaves the choice to an unstable sort; differences of 16-bit weights often repeat. The paper trims to
+    density 0.2 over all tensors together and averages without weights; the default density is mergekit's.
 
     Args:
         base: mean theta_0, shape (*weight); its precision is the precision of the result.
