@@ -4,6 +4,7 @@
     MergeRecipe       the data of a merge; `setting` gives a parameter's value for one tensor
     FinetuneRecipe    the data of a fine-tuning run
     PrecisionRecipe   the data of a precision pass
+    EvaluateRecipe    the data of an evaluation
     Recipe            what they share: `where` and `describe` name a value's place, `resolved` writes it all out
     unused_filters    filters that decide for no tensor, once the tensors' names are known
     layer_positions   where each tensor's layer stands between the first (0) and the last (1)
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from mergekit_bayes.recipe.document import Document, parse_document, read_document
 from mergekit_bayes.recipe.dump import dump_yaml
+from mergekit_bayes.recipe.evaluate import EvaluateRecipe
 from mergekit_bayes.recipe.filters import unused_filter_problems
 from mergekit_bayes.recipe.finetune import (
     AdamWSpec,
@@ -45,6 +47,7 @@ __all__ = [
     "Document",
     "Entries",
     "EstimatorChoice",
+    "EvaluateRecipe",
     "FinetuneOutputSpec",
     "FinetuneRecipe",
     "IvonSpec",

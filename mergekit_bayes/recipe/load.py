@@ -9,6 +9,8 @@ from typing import TypeAlias, TypeVar, overload
 
 from mergekit_bayes.errors import RecipeError
 from mergekit_bayes.recipe.document import Document, read_document
+from mergekit_bayes.recipe.evaluate import EvaluateRecipe
+from mergekit_bayes.recipe.evaluate_check import check_evaluate
 from mergekit_bayes.recipe.finetune import FinetuneRecipe
 from mergekit_bayes.recipe.finetune_check import check_finetune
 from mergekit_bayes.recipe.merge import MergeRecipe
@@ -17,19 +19,24 @@ from mergekit_bayes.recipe.method_schema import MethodSchema
 from mergekit_bayes.recipe.override import apply_overrides
 from mergekit_bayes.recipe.precision import PrecisionRecipe
 from mergekit_bayes.recipe.precision_check import check_precision
+from mergekit_bayes.recipe.preview import PreviewRecipe
+from mergekit_bayes.recipe.preview_check import check_preview
 from mergekit_bayes.recipe.problem import Problem, did_you_mean, one_of, show
 from mergekit_bayes.recipe.spec import Recipe
 
-AnyRecipe: TypeAlias = MergeRecipe | FinetuneRecipe | PrecisionRecipe
+AnyRecipe: TypeAlias = MergeRecipe | FinetuneRecipe | PrecisionRecipe | PreviewRecipe | EvaluateRecipe
 R = TypeVar("R", bound=Recipe)
 
 _Check: TypeAlias = Callable[[Mapping[str, object], Sequence[MethodSchema]], tuple[AnyRecipe | None, list[Problem]]]
 
-KINDS: Mapping[str, _Check] = {"merge": check_merge, "finetune": check_finetune, "precision": check_precision}
+KINDS: Mapping[str, _Check] = {
+    "merge": check_merge,
+    "finetune": check_finetune,
+    "precision": check_precision,
+    "preview": check_preview,
+    "evaluate": check_evaluate,
+}
 """What makes a checked recipe of each kind, or says all that is wrong with it. A new kind is one entry."""
-
-KINDS_ELSEWHERE = ("preview", "evaluate")
-"""Kinds of recipe that this version does not run."""
 
 
 @overload
@@ -92,17 +99,17 @@ def _kind_problem(data: Mapping[str, object], expect: type[Recipe]) -> Problem |
     if isinstance(kind, str) and kind in KINDS:
         wanted = kind if expect is Recipe else expect.model_fields["kind"].default
         return None if kind == wanted else Problem(path, f"expected a recipe of kind `{wanted}`, found `{kind}`.")
-    if kind in KINDS_ELSEWHERE:
-        return Problem(path, f"recipes of kind `{kind}` are not in this version; it runs {one_of(KINDS, 'and')}.")
-    hint = did_you_mean(kind, (*KINDS, *KINDS_ELSEWHERE)) if isinstance(kind, str) else ""
+    hint = did_you_mean(kind, KINDS) if isinstance(kind, str) else ""
     return Problem(path, f"expected {one_of(KINDS)}, found {show(kind)}.{hint}")
 
 
-_PURPOSES = {"finetune": "to fine-tune", "precision": "to estimate precisions"}
+_PURPOSES = {"finetune": "to fine-tune", "precision": "to estimate precisions", "evaluate": "to evaluate models"}
 
 
 def _likely_kind(data: Mapping[str, object]) -> str | None:
     """The kind of a recipe that has the sections of one and none of a merge's."""
+    if {"models", "data"} <= data.keys() and "merge_method" not in data:
+        return "evaluate"
     if {"merge_method", "models", "slices", "modules"} & data.keys():
         return None
     if "estimator" in data:

@@ -349,4 +349,5 @@ def test_a_recipe_that_refers_to_itself_is_refused() -> None:
 
 def test_the_kind_may_be_written_but_not_left_empty() -> None:
     assert load(two(kind="merge")) == load(two())
-    assert refusal_of({**two(), "kind": None}) == ("kind: expected `merge`, `finetune` or `precision`, found nothing.",)
+    kinds = "`merge`, `finetune`, `precision`, `preview` or `evaluate`"
+    assert refusal_of({**two(), "kind": None}) == (f"kind: expected {kinds}, found nothing.",)

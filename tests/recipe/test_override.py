@@ -96,9 +96,9 @@ def test_the_last_of_several_wins() -> None:
         ),
         ("seed=&a 1", "--set seed:1:1  anchor `&a`: recipes have no anchors and aliases; write the value out."),
         (
-            "kind=preview",
-            "--set kind: recipes of kind `preview` are not in this version; "
-            "it runs `merge`, `finetune` and `precision`.",
+            "kind=preveiw",
+            "--set kind: expected `merge`, `finetune`, `precision`, `preview` or `evaluate`, "
+            'found "preveiw". Did you mean `preview`?',
         ),
     ],
 )

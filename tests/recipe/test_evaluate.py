@@ -1,0 +1,77 @@
+"""The evaluation recipe: shorthands, defaults, and what belongs together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mergekit_bayes.errors import RecipeError
+from mergekit_bayes.recipe import load_recipe
+from mergekit_bayes.recipe.evaluate import EvaluateRecipe, SamplesSpec
+
+
+def load(**keys: Any) -> EvaluateRecipe:
+    return load_recipe({"kind": "evaluate", "models": "tuned", "data": "a.jsonl", **keys}, expect=EvaluateRecipe)
+
+
+def problems_of(**keys: Any) -> tuple[str, ...]:
+    with pytest.raises(RecipeError) as caught:
+        load(**keys)
+    return caught.value.problems
+
+
+def test_one_model_and_one_file_are_enough() -> None:
+    recipe = load()
+    assert [model.title for model in recipe.models] == ["tuned"]
+    assert [entry.path for entry in recipe.data.eval] == ["a.jsonl"]
+    assert (recipe.baseline_title, recipe.samples_of(recipe.models[0]), recipe.metrics) == ("tuned", None, None)
+
+
+def test_short_forms_are_those_written_out() -> None:
+    short = load(models=["base", {"model": {"model": "base", "lora": "tuned"}}], samples=4, prune=0.5, metrics="ece")
+    written = load(
+        models=[{"model": "base"}, {"model": "base+tuned"}], samples={"count": 4}, prune=[0.5], metrics=["ece"]
+    )
+    assert short == written
+
+
+def test_samples_of_one_model() -> None:
+    models = ["base", {"model": "a", "samples": False}, {"model": "b", "samples": {"count": 2, "temperature": 0.5}}]
+    recipe = load(models=models, samples=8)
+    found = [recipe.samples_of(model) for model in recipe.models]
+    assert found == [SamplesSpec(count=8, temperature=1.0), None, SamplesSpec(count=2, temperature=0.5)]
+
+
+def test_a_resolved_recipe_reads_back() -> None:
+    recipe = load(
+        models=["base", {"model": "tuned", "name": "ours", "precision": "sidecar", "samples": False}],
+        samples={"count": 2, "temperature": "validation"},
+        validation={"eval": "b.jsonl", "max_length": 64},
+        prune=[0.5, 0.25],
+        baseline="ours",
+        metrics=["accuracy", "selective_accuracy"],
+        coverage=[0.9, 0.5],
+    )
+    assert load_recipe(recipe.resolved(), expect=EvaluateRecipe) == recipe
+    assert (recipe.prune, recipe.coverage) == ((0.25, 0.5), (0.5, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"models": ["a", {"model": "b", "name": "a"}]}, "models[1]: has the name of `models[0]`; give it a"),
+        ({"baseline": "tunde"}, "baseline: is the name of no model. Did you mean `tuned`?"),
+        ({"samples": {"temperature": "validation"}}, "samples.temperature: is chosen on the rows of `validation`"),
+        ({"validation": "b.jsonl"}, "validation: has no effect"),
+        ({"task": "causal_lm", "metrics": ["brier"]}, "metrics[0]: `brier` is none of `causal_lm`; those are `loss`"),
+        ({"metrics": ["brier", "loss"]}, "metrics: belong to several tasks"),
+        ({"metrics": "loss", "coverage": 0.5}, "coverage: has no effect without `selective_accuracy`"),
+        ({"data": {"eval": {"path": "a", "weight": 1}}}, "data.eval.weight: is of training mixtures"),
+        ({"coverage": 0}, "coverage: expected a number above 0"),
+        ({"samples": {"temperature": 0}}, "samples.temperature: expected a number above 0"),
+        ({"max_length": 3}, "max_length: unknown key. Here it is `data.max_length`."),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(keys: dict[str, Any], message: str) -> None:
+    assert any(problem.startswith(message) for problem in problems_of(**keys)), problems_of(**keys)
