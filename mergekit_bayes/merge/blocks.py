@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mergekit_bayes.merge.registry import MergeMethod
+from mergekit_bayes.merge.registry import Merge, MergeMethod
 from mergekit_bayes.merge.steps import Options
 from mergekit_bayes.posterior import Diagonal, Isotropic, Posterior
 from mergekit_bayes.posterior.mismatch import mismatch
@@ -122,7 +122,8 @@ def combine(formula: Formula, base: Stored, sources: Sequence[Stored], weights: 
     """
     prior = as_posterior(base, None, formula.dtype)
     posteriors = [as_posterior(source, prior.precision_tensor(), formula.dtype) for source in sources]
-    merged = formula.method.kernel(prior, posteriors, weights, floor=formula.floor, **dict(formula.options))
+    found = formula.method.kernel(prior, posteriors, weights, floor=formula.floor, **dict(formula.options))
+    merged = Merge.of(found).posterior if formula.method.scope == "tensor" else found
     gaps = None
     if formula.with_mismatch:
         gaps = torch.stack([mismatch(merged.mean, source, prior) for source in posteriors])

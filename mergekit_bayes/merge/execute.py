@@ -212,7 +212,9 @@ class Engine:
 
     def _combine(self, formula: Formula) -> Combine:
         if formula not in self._combines:
-            self._combines[formula] = compiled(formula) if self.options.compile else in_chunks(formula)
+            # Only methods for blocks promise to be of a kind that can be compiled.
+            fuse = self.options.compile and formula.method.scope == "element"
+            self._combines[formula] = compiled(formula) if fuse else in_chunks(formula)
         return self._combines[formula]
 
     @cached_property

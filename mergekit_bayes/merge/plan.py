@@ -246,7 +246,7 @@ def _space(
 ) -> str:
     bare = all(source.checkpoint is None for source in sources)
     space = recipe.space or ("product" if bare else "full")
-    if space == "factor" and method.scope == "tensor":
+    if space == "factor" and not method.in_blocks:
         why = f"factor merges A with A and B with B, but {method.name} has to see all of dW; expected product or full"
         problems.append(RecipeError(recipe.describe(("space",), why)))
     if space == "full":

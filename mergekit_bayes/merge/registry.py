@@ -80,8 +80,9 @@ parameters that the function names. It computes in the dtype of its inputs and d
 
 With scope "element" it may be given any block of a tensor (the merge of a block is the block of the merge), returns a
 `Posterior`, and uses tensor arithmetic only, so that it can be compiled; posteriors that do not act entry by entry
-reach it whole, where its families allow them. With scope "tensor" it is always given whole tensors in their own shape,
-which may be of any number of dimensions, and returns a `Merge`.
+reach it whole, where its families allow them. With scope "tensor" it is given whole tensors in their own shape,
+which may be of any number of dimensions, and returns a `Merge`; a method declared `entrywise` may be given blocks of
+those whose posteriors act entry by entry.
 """
 
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
@@ -108,6 +109,8 @@ class MergeMethod:
         scope: "element" if the kernel merges any block of a tensor, "tensor" if it has to see all of it.
         families: the families of posteriors that it can take as sources.
         options: keywords of the kernel, the names of the parameters that are handed to it.
+        entrywise: with scope "tensor", whether the kernel still merges posteriors that act entry by entry one entry at
+            a time, so that any block of such a tensor will do.
     """
 
     name: str
@@ -123,6 +126,12 @@ class MergeMethod:
     scope: Scope = "element"
     families: tuple[str, ...] = ELEMENTWISE
     options: tuple[str, ...] = ()
+    entrywise: bool = False
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether posteriors that act entry by entry can be merged block by block."""
+        return self.scope == "element" or self.entrywise
 
     @property
     def needs_evidence(self) -> bool:
@@ -208,6 +217,7 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
     weights: WeightRule | None = None,
     scope: Scope = "element",
     families: tuple[str, ...] = ELEMENTWISE,
+    entrywise: bool = False,
 ) -> Callable[[Kernel], Kernel]:
     """Register the decorated function as the merge method `name`; the function itself is returned unchanged.
 
@@ -222,6 +232,7 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
         weights: pure function from recipe weights and resolved parameters to effective weights.
         scope: "element" for kernels that merge any block of a tensor, "tensor" for those that see all of it.
         families: the families of posteriors that the kernel can take as sources.
+        entrywise: with scope "tensor", whether posteriors that act entry by entry are still merged so.
 
     Raises:
         MethodError: a name that is taken or malformed, a kernel without docstring or with another signature.
@@ -248,6 +259,7 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
                 scope=scope,
                 families=families,
                 options=options,
+                entrywise=entrywise,
             )
         )
         return kernel

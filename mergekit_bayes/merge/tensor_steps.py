@@ -32,7 +32,7 @@ def merge_step(setting: Setting, step: MergeStep, *, transposed: bool = False) -
 
 def needs_whole(setting: Setting, operands: Sequence[Operand | None]) -> bool:
     """Whether a merge of these operands has to see all of them at once."""
-    whole = setting.method.scope == "tensor" or bool(setting.tasks)
+    whole = not setting.method.in_blocks or bool(setting.tasks)
     return whole or any(each is not None and not each.entrywise for each in operands)
 
 

@@ -250,6 +250,21 @@ def test_a_merge_that_does_not_fit_its_dtype_is_refused(models: dict[str, dict[s
         merge(content, tmp_path / "out")
 
 
+def test_methods_for_factors_take_tensors_without_any_in_blocks(
+    models: dict[str, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    """An embedding with a diagonal precision need not fit into memory, and is merged as by the rule itself."""
+    describe(tmp_path)
+    merge(recipe(tmp_path, "posterior"), tmp_path / "wanted", threads=1)
+    for method in ("kronecker", "gram", "mixture"):
+        plan = plan_merge(load_recipe(recipe(tmp_path, method)), tmp_path / method)  # type: ignore[arg-type]
+        assert not any(isinstance(step, TensorStep) for step in plan.steps)
+        run_merge(plan, threads=2, max_memory=1, compile=False)
+        for read in (read_tensors, read_precisions):
+            seen, wanted = read(tmp_path / method), read(tmp_path / "wanted")
+            assert all(torch.equal(seen[name], wanted[name]) for name in wanted)
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

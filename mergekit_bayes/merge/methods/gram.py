@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         ),
     ),
     scope="tensor",
+    entrywise=True,
     families=("isotropic", "diagonal", "kronecker"),
 )
 def gram(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Parameter("max_iterations", int, 200, minimum=1, help="largest number of iterations of the solver"),
     ),
     scope="tensor",
+    entrywise=True,
     families=("isotropic", "diagonal", "kronecker"),
 )
 def kronecker(

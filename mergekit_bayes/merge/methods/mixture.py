@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         Parameter("max_iterations", int, 50, minimum=1, help="largest number of steps"),
     ),
     scope="tensor",
+    entrywise=True,
     families=("isotropic", "diagonal", "kronecker", "mixture"),
 )
 def mixture(
