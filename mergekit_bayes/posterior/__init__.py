@@ -10,7 +10,8 @@
     kronecker_rule.py        merge_kronecker: the rule for them
     conjugate_gradients.py   solving with a precision that is never formed
     eigenbasis.py            bases in which it is nearly diagonal
-    solve.py                 the two together
+    preconditioner.py        what solving starts from there
+    solve.py                 the three together
     closed_form.py           what needs its eigenvalues: volume, traces, samples
     mixture.py       Mixture: several posteriors of one task
     mixture_rule.py  merge_mixtures: the rule for them, by expectation maximisation

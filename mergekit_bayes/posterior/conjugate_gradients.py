@@ -1,7 +1,7 @@
 r"""Conjugate gradients for S[x] = b with S symmetric and positive definite, known only by what it does to a tensor.
 
-Preconditioned by a positive number per entry, M ~ diag(S) (Hestenes and Stiefel, 1952; Saad, "Iterative methods for
-sparse linear systems", algorithm 9.1). The residual is measured in the norm of M^-1, which is about the error in the
+Preconditioned by some M ~ S that is easy to invert (Hestenes and Stiefel, 1952; Saad, "Iterative methods for sparse
+linear systems", algorithm 9.1). The residual is measured in the norm of M^-1, which is about the error in the
 norm of S: half the square of that error is what the quadratic 1/2 x^T S x - b^T x still lies above its minimum.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from mergekit_bayes.errors import NonFiniteError, NonPositivePrecisionError
-from mergekit_bayes.posterior.term import ROUNDING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,10 +40,11 @@ class Solution(NamedTuple):
 def conjugate_gradients(
     times: Callable[[Tensor], Tensor],
     b: Tensor,
-    preconditioner: Tensor,
+    precondition: Callable[[Tensor], Tensor],
     *,
     tolerance: float,
     max_iterations: int,
+    rounding: float = 0.0,
 ) -> Solution:
     """Solve S[x] = b from x = 0.
 
@@ -54,9 +54,11 @@ def conjugate_gradients(
     Args:
         times: x -> S[x].
         b: the right-hand side, of any shape.
-        preconditioner: M, positive, broadcasts against b.
+        precondition: r -> M^-1[r], symmetric and positive definite, as a new tensor.
         tolerance: relative residual to stop at.
         max_iterations: largest number of applications of S.
+        rounding: the curvature along a unit vector that rounding can fake; a negative one of this size ends the
+            descent.
 
     Returns:
         The solution, converged or not: every iteration lowers the error in the norm of S.
@@ -66,18 +68,23 @@ def conjugate_gradients(
         NonFiniteError: NaN or infinity came up.
     """
     x, residual = b.new_zeros(b.shape), b
-    size = _norm(b, preconditioner)
+    size = _norm(b, precondition)
     if size == 0.0:
         return Solution(x, 0, 0.0, True)
     iterations, reached = 0, 1.0
     for _ in range(REFINEMENTS):
         step, used = _descend(
-            times, residual, preconditioner, goal=tolerance * size, max_iterations=max_iterations - iterations
+            times,
+            residual,
+            precondition,
+            goal=tolerance * size,
+            max_iterations=max_iterations - iterations,
+            rounding=rounding,
         )
         iterations += used
         candidate = x + step
         remaining = b - times(candidate)
-        relative = _norm(remaining, preconditioner) / size
+        relative = _norm(remaining, precondition) / size
         if relative >= reached:
             break
         stalled = relative > reached / 2
@@ -88,33 +95,34 @@ def conjugate_gradients(
 
 
 def _descend(
-    times: Callable[[Tensor], Tensor], b: Tensor, preconditioner: Tensor, *, goal: float, max_iterations: int
+    times: Callable[[Tensor], Tensor],
+    b: Tensor,
+    precondition: Callable[[Tensor], Tensor],
+    *,
+    goal: float,
+    max_iterations: int,
+    rounding: float,
 ) -> tuple[Tensor, int]:
     """One run of the recursion, until its residual is at most `goal`; x and the number of iterations."""
     x, residual = b.new_zeros(b.shape), b.clone()
-    direction = residual / preconditioner
+    direction = precondition(residual)
     square = _square(residual, direction)
     for iteration in range(1, max_iterations + 1):
         image = times(direction)
         curvature = _square(direction, image)
         if not curvature > 0:
-            if curvature >= -_rounding(preconditioner) * _square(direction, direction):
+            if curvature >= -rounding * _square(direction, direction):
                 return x, iteration  # only directions are left in which S drowns in its own rounding
             _refuse(curvature, iteration)
         length = square / curvature
         x.add_(direction, alpha=length)
         residual.sub_(image, alpha=length)
-        scaled = residual / preconditioner
+        scaled = precondition(residual)
         previous, square = square, _square(residual, scaled)
         if square <= goal * goal:
             return x, iteration
         direction.mul_(square / previous).add_(scaled)
     return x, max_iterations
-
-
-def _rounding(preconditioner: Tensor) -> float:
-    """The curvature along a unit vector that rounding can fake."""
-    return 16 * ROUNDING * float(preconditioner.amax())
 
 
 def _refuse(curvature: float, iteration: int) -> None:
@@ -126,8 +134,8 @@ def _refuse(curvature: float, iteration: int) -> None:
     )
 
 
-def _norm(values: Tensor, preconditioner: Tensor) -> float:
-    return math.sqrt(_square(values, values / preconditioner))
+def _norm(values: Tensor, precondition: Callable[[Tensor], Tensor]) -> float:
+    return math.sqrt(_square(values, precondition(values)))
 
 
 def _square(left: Tensor, right: Tensor) -> float:

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from mergekit_bayes.errors import MethodError, NonPositivePrecisionError, ShapeMismatchError
-from mergekit_bayes.posterior import Diagonal, Isotropic, Kronecker, Posterior, Term, merge_kronecker, merge_posteriors
+from mergekit_bayes.posterior import (
+    Diagonal,
+    Isotropic,
+    Kronecker,
+    Posterior,
+    Term,
+    merge_kronecker,
+    merge_posteriors,
+    preconditioner,
+)
 from tests.oracles.kronecker import merge_dense
 from tests.posterior.kronecker_problem import COLUMNS, ROWS, Draw, matrix, numbers
 
@@ -101,7 +110,8 @@ def test_one_term_beside_a_scalar_needs_one_iteration() -> None:
     assert merge_kronecker(base, grams, _weights((1.0, 1.0, 1.0)))[1].iterations == 0
 
 
-def test_more_iterations_come_closer_and_a_tolerance_is_kept() -> None:
+def test_more_iterations_come_closer_and_a_tolerance_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preconditioner, "BLOCK", 1)
     draw = Draw(6, shape=(12, 20))
     base, sources = draw.prior(0.01), [draw.posterior("plain", prior=0.01) for _ in range(4)]
     weights = (1.0, 1.0, 1.0, 1.0)
@@ -121,6 +131,24 @@ def test_more_iterations_come_closer_and_a_tolerance_is_kept() -> None:
         assert solution.residual <= tolerance
         # in the norm of S, whose square is twice the predicted loss
         assert exact.quadratic(merged.mean - exact.mean) <= 10 * tolerance**2 * start
+
+
+@pytest.mark.parametrize("kinds", SOURCES, ids="+".join)
+def test_the_block_of_the_preconditioner_saves_iterations_and_changes_nothing_else(
+    kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterations = []
+    for block in (1, 40, 1000):
+        draw = Draw(12, shape=(12, 9))
+        base = draw.diagonal()
+        sources = [draw.beyond(base, kind) for kind in kinds]
+        monkeypatch.setattr(preconditioner, "BLOCK", block)
+        merged, solution = merge_kronecker(base, sources, _weights((0.5, 0.7, 0.9)), tolerance=1e-11)
+        _assert_solved(merged, base, sources, (0.5, 0.7, 0.9))
+        iterations.append(solution.iterations)
+    if kinds == ("plain", "plain", "plain"):
+        assert iterations == sorted(iterations, reverse=True)
+        assert iterations[2] < iterations[0]
 
 
 def test_single_precision_agrees_and_leaves_unseen_directions_alone() -> None:
