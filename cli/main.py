@@ -15,16 +15,23 @@ from typing import Annotated
 
 import typer
 
+from .evaluate import evaluate
 from .inspect import inspect
 from .methods import methods
 from .plan import plan
 from .run import run
 
-VERBS: dict[str, Callable[..., None]] = {"run": run, "plan": plan, "methods": methods, "inspect": inspect}
+VERBS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "plan": plan,
+    "evaluate": evaluate,
+    "methods": methods,
+    "inspect": inspect,
+}
 """Every verb and its function; any other first word is a recipe to run."""
 
-KINDS = ("merge", "finetune", "precision", "preview", "evaluate")
-"""Kinds of recipe, which are no verbs."""
+KINDS = ("merge", "finetune", "precision", "preview")
+"""Kinds of recipe that are no verbs."""
 
 app = typer.Typer(
     name="bayes-merge",

@@ -13,6 +13,7 @@ from .failure import exit_codes
 
 if TYPE_CHECKING:
     from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe, PrecisionRecipe
+    from mergekit_bayes.recipe.evaluate import EvaluateRecipe
 
 
 def plan(
@@ -58,7 +59,15 @@ def _precision(recipe: PrecisionRecipe, out: Path | None, options: Mapping[str, 
     return describe(_to(recipe, out))
 
 
-R = TypeVar("R", "FinetuneRecipe", "PrecisionRecipe")
+def _evaluate(recipe: EvaluateRecipe, out: Path | None, options: Mapping[str, Any]) -> str:
+    refuse_options(recipe.kind, options, "it has no list of tensors.")
+
+    from mergekit_bayes.evaluate.runner.describe import describe
+
+    return describe(_to(recipe, out))
+
+
+R = TypeVar("R", "FinetuneRecipe", "PrecisionRecipe", "EvaluateRecipe")
 
 
 def _to(recipe: R, out: Path | None) -> R:
@@ -72,5 +81,6 @@ _PLANS: Mapping[str, Callable[[Any, Path | None, Mapping[str, Any]], str]] = {
     "merge": _merge,
     "finetune": _finetune,
     "precision": _precision,
+    "evaluate": _evaluate,
 }
 """What describes the recipes of each kind."""

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .arguments import Changes, Out, Recipe, given_only, load, number_of_bytes, refuse_options
+from .evaluate import run_evaluation
 from .failure import exit_codes
 
 if TYPE_CHECKING:
     from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe, PrecisionRecipe
+    from mergekit_bayes.recipe.evaluate import EvaluateRecipe
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def run(  # noqa: PLR0913  (one argument per option)
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     changes: Changes = None,
 ) -> None:
-    """Merge or fine-tune models, or estimate their precision, as a recipe says.
+    """Merge, fine-tune or evaluate models, or estimate their precision, as a recipe says.
 
     The output folder holds a checkpoint or adapter that from_pretrained loads, its precision sidecar, the
     resolved recipe and a report. It appears when it is complete; a run that was cut short is continued by the
@@ -74,7 +76,7 @@ def run(  # noqa: PLR0913  (one argument per option)
         from mergekit_bayes.errors import RecipeError
 
         checked = load(recipe, changes)
-        if out is None and checked.output.path is None and checked.kind != "precision":
+        if out is None and checked.output.path is None and checked.kind not in _OWN_OUTPUT:
             hint = "missing; name a folder there, or after the recipe on the command line."
             raise RecipeError(checked.describe(("output", "path"), hint))
     _RUNNERS[checked.kind](checked, _Request(out, overwrite, quiet, options))
@@ -119,9 +121,18 @@ def _precision(recipe: PrecisionRecipe, asked: _Request) -> None:
             print(result.summary())
 
 
+def _evaluate(recipe: EvaluateRecipe, asked: _Request) -> None:
+    refuse_options(recipe.kind, asked.options, "`accelerate launch` says where, and in how many processes, it runs.")
+    run_evaluation(recipe, asked.out, overwrite=asked.overwrite, quiet=asked.quiet)
+
+
+_OWN_OUTPUT = ("precision", "evaluate")
+"""Kinds that need no output folder: they have one already, or print what they found."""
+
 _RUNNERS: Mapping[str, Callable[[Any, _Request], None]] = {
     "merge": _merge,
     "finetune": _finetune,
     "precision": _precision,
+    "evaluate": _evaluate,
 }
 """What runs the recipes of each kind."""

@@ -13,6 +13,7 @@
     method_names          the registered methods
     finetune              run a fine-tuning recipe
     estimate_precision    the precision of a model or adapter that was trained without one
+    evaluate              run an evaluation recipe
     IVON                  an optimizer that leaves a posterior behind
     sample_posterior      put a sample of a posterior into a loaded model, for a while
     MergekitBayesError    the root of every error this library raises on purpose
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.errors import MergekitBayesError
     from mergekit_bayes.estimate.run import estimate_precision
     from mergekit_bayes.evaluate import sample_posterior
+    from mergekit_bayes.evaluate.runner.run import evaluate
     from mergekit_bayes.finetune import IVON
     from mergekit_bayes.finetune.run import finetune
     from mergekit_bayes.merge.load import load_posterior
@@ -49,6 +51,7 @@ __all__ = [  # noqa: RUF022 - in the order of `sorted`, which a test checks
     "Mixture",
     "Parameter",
     "estimate_precision",
+    "evaluate",
     "finetune",
     "load_posterior",
     "load_recipe",
@@ -82,7 +85,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("finetune", "merge"):  # packages that can be called
+    if name in ("evaluate", "finetune", "merge"):  # packages that can be called
         return importlib.import_module(f"mergekit_bayes.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

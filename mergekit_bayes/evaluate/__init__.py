@@ -11,11 +11,20 @@ Works on any model in memory together with precisions: a sidecar, its folder, or
                      batches.py (what goes in), draws.py (which weights) and average.py (of probabilities)
     temperature.py   choose_temperature: how wide to sample, by validation data
     pruning.py       prune_posterior: zero where the mean is small beside its uncertainty; smallest.py finds where
-    scores.py        accuracy, nll, brier, ece
+    scores.py        accuracy, nll, brier, ece, accuracy at coverage
     bootstrap.py     paired_interval: is one model better than another, or is it the choice of examples?
+    rows.py          rows of files as batches of a model's arguments
+    runner/          recipes of kind `evaluate`: models and data to a table, results and figures
+
+The package can be called: `from mergekit_bayes import evaluate; evaluate("recipe.yaml", "scores/")` runs
+`runner.run.evaluate`, as `mergekit_bayes.merge` runs a merge and for the same reason.
 """
 
 from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
 
 from mergekit_bayes.evaluate.attach import AttachedPosterior, attach_posterior
 from mergekit_bayes.evaluate.bootstrap import Interval, paired_interval
@@ -23,7 +32,7 @@ from mergekit_bayes.evaluate.classes import ClassPrediction, predict_probabiliti
 from mergekit_bayes.evaluate.precisions import read_precisions
 from mergekit_bayes.evaluate.pruning import Pruning, prune_posterior
 from mergekit_bayes.evaluate.sampling import sample_posterior
-from mergekit_bayes.evaluate.scores import BINS, Score, calibration_gaps, class_scores, token_scores
+from mergekit_bayes.evaluate.scores import BINS, Score, calibration_gaps, class_scores, selective_accuracy, token_scores
 from mergekit_bayes.evaluate.temperature import ChosenTemperature, choose_temperature
 from mergekit_bayes.evaluate.tokens import TokenPrediction, VocabularyPrediction, predict_next_tokens
 
@@ -47,5 +56,16 @@ __all__ = [
     "prune_posterior",
     "read_precisions",
     "sample_posterior",
+    "selective_accuracy",
     "token_scores",
 ]
+
+
+class _CallablePackage(ModuleType):
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        from mergekit_bayes.evaluate.runner.run import evaluate
+
+        return evaluate(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

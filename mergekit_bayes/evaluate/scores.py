@@ -1,4 +1,4 @@
-"""How good probabilities are: accuracy, negative log-likelihood, Brier score and calibration error.
+"""How good probabilities are: accuracy (of all, and of the surest), negative log-likelihood, Brier score, calibration.
 
 Each score is a function of averages over examples, and is kept as what each example adds to these averages. The
 scores and their bootstrap intervals are then computed from one and the same numbers.
@@ -6,6 +6,7 @@ scores and their bootstrap intervals are then computed from one and the same num
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from mergekit_bayes.errors import EvaluateError
 from mergekit_bayes.evaluate.classes import ClassPrediction
 from mergekit_bayes.evaluate.tokens import TokenPrediction
 
-__all__ = ["BINS", "Score", "calibration_gaps", "class_scores", "token_scores"]
+__all__ = ["BINS", "Score", "calibration_gaps", "class_scores", "selective_accuracy", "token_scores"]
 
 BINS = 15
 """Bins of the calibration error unless another number is asked for; the number of Guo et al. 2017"""
@@ -120,8 +121,38 @@ def calibration_gaps(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -
     return gaps.scatter_(1, places[:, None], (sure - correct.double())[:, None])
 
 
+def selective_accuracy(confidence: Tensor, correct: Tensor, coverage: float) -> Score:
+    """Accuracy on the share of examples that a model is surest of, which answers these and hands on the others.
+
+    (El-Yaniv and Wiener, JMLR 2010; Geifman and El-Yaniv 2017, arXiv 1705.08500.) Exactly coverage times n examples
+    are answered: of those with the same confidence at the edge each counts with the same fraction, so that neither
+    ties nor the order of examples decide. In bootstrap intervals the edge stays where it is for all examples.
+
+    Args:
+        confidence: probability of the answer, (examples,).
+        correct: whether it is right, bool, (examples,).
+        coverage: in (0, 1].
+
+    Raises:
+        EvaluateError: a coverage outside, or shapes that differ.
+    """
+    if not 0 < coverage <= 1 or confidence.shape != correct.shape or confidence.dim() != 1 or not len(confidence):
+        seen = f"coverage {coverage}, confidences {tuple(confidence.shape)}, correct {tuple(correct.shape)}"
+        raise EvaluateError(f"selective accuracy: {seen}; expected a share above 0, at most 1, and as many of both")
+    sure, wanted = confidence.double(), coverage * len(confidence)
+    edge = sure.sort(descending=True).values[min(math.ceil(wanted), len(sure)) - 1]
+    above, at = sure > edge, sure == edge
+    kept = above.double() + at.double() * ((wanted - above.sum()) / at.sum())
+    parts = torch.stack([kept * correct.double(), kept], -1)
+    return Score(f"selective_accuracy@{coverage:g}", parts, _ratio, higher_is_better=True)
+
+
 def _only(averages: Tensor) -> Tensor:
     return averages[..., 0]
+
+
+def _ratio(averages: Tensor) -> Tensor:
+    return averages[..., 0] / averages[..., 1]
 
 
 def _sum_of_sizes(averages: Tensor) -> Tensor:

@@ -1,0 +1,17 @@
+"""Recipes of kind `evaluate`: from models and data to scores with intervals, a table and figures.
+
+    candidates.py       models opened by their headers; what cannot be evaluated together is refused
+    encodings.py        rows as each of the tokenizers reads them, once for all models that share it
+    variants.py         the ways a model is looked at: its mean, samples of its posterior, pruned
+    measure.py          what a block of rows adds, per row
+    open_model.py       a model in memory, when something has to be computed
+    session.py          all of it, one block after the other, shared by processes (processes.py)
+    store.py            blocks that are known already: of an earlier run, of another process
+    scores.py           rows to scores, and to intervals between models
+    outcome.py          numbers of one model with what they are to be read with
+    results.py          everything found, as plain data (reliability.py)
+    table.py, pictures.py, progress.py, describe.py     what is seen of it
+    run.py              from a recipe to a folder
+
+Each model is looked at as often as its recipe asks, one after the other; rows are tokenised once.
+"""
