@@ -34,12 +34,14 @@ class Stored(NamedTuple):
         precision: shape (elements,) in any floating dtype, or 0-dim in the compute dtype.
         divisor: 0-dim; `precision` is divided by it.
         prior_share: 0-dim, subtracted afterwards in exchange for the base's precision; None: nothing to exchange.
+        floor: what the precision is then raised to at least; None to leave it.
     """
 
     mean: Tensor
     precision: Tensor
     divisor: Tensor | None = None
     prior_share: Tensor | None = None
+    floor: float | None = None
 
 
 class Merged(NamedTuple):
@@ -105,6 +107,8 @@ def as_posterior(stored: Stored, prior: Tensor | None, dtype: torch.dtype) -> Po
     if stored.prior_share is not None and prior is not None:
         likelihood = precision.sub_(stored.prior_share) if ours else precision - stored.prior_share
         precision = likelihood.add_(prior) if likelihood.dim() >= prior.dim() else likelihood + prior
+    if stored.floor is not None:
+        precision = precision.clamp(min=stored.floor)
     return _posterior(stored.mean.to(dtype), precision)
 
 

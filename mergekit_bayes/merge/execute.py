@@ -28,6 +28,7 @@ from mergekit_bayes.merge.blocks import Combine, Formula, Merged, Stored, compil
 from mergekit_bayes.merge.checks import check_block, check_precision, diagnose_mean, diagnose_precision
 from mergekit_bayes.merge.memory import BLOCK_BYTES, Allowance, default_workers, memory_limit, whole_bytes
 from mergekit_bayes.merge.modules import run_module
+from mergekit_bayes.merge.normalise import with_divisors
 from mergekit_bayes.merge.operands import OperandReader
 from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.sink import Sink
@@ -74,6 +75,7 @@ class Engine:
         plan: the plan.
         options: how to run it.
         progress: called with the number of bytes read and written since the last call, from any thread.
+        divisors: what the curvatures of sources are divided by, from `normalise`.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Engine:
         options: Options,
         *,
         progress: Progress | None = None,
+        divisors: Mapping[str, float] | None = None,
     ) -> None:
         self.plan = plan
         self.options = options
@@ -89,6 +92,7 @@ class Engine:
         self._progress = progress or (lambda _: None)
         self._reader = BlockReader()
         self._operands = OperandReader(self._reader, torch_dtype(plan.compute_dtype), options.device)
+        self._divisors = divisors or {}
         self._combines: dict[Formula, Combine] = {}
         self._memory = Allowance(memory_limit(plan, options.memory_bytes, workers=options.workers))
         _keep_freed_memory()
@@ -114,7 +118,7 @@ class Engine:
                 path = folder / unit.precision_layout.filename
                 precision = stack.enter_context(ShardWriter(path, unit.precision_layout))
             pool = stack.enter_context(_Pool(self.options.workers))
-            for step in unit.steps:
+            for step in (with_divisors(step, self._divisors) for step in unit.steps):
                 if isinstance(step, TensorStep | ModuleStep):
                     pool.submit(step.name, self._run_whole, step, Sink(mean, precision))
                     continue

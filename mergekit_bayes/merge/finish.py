@@ -41,7 +41,13 @@ COPIED_FILES = (
 """What travels from the donor to a full checkpoint beside the weights: tokenizer, generation settings, model code."""
 
 
-def finish_folder(plan: MergePlan, staging: Path, records: Mapping[str, Any], options: Mapping[str, object]) -> None:
+def finish_folder(
+    plan: MergePlan,
+    staging: Path,
+    records: Mapping[str, Any],
+    options: Mapping[str, object],
+    divisors: Mapping[str, float],
+) -> None:
     """Add what makes a folder of shards a model, and read the result back.
 
     Args:
@@ -49,6 +55,7 @@ def finish_folder(plan: MergePlan, staging: Path, records: Mapping[str, Any], op
         staging: the folder with all shards.
         records: what was measured, by step name.
         options: the options that can change bytes.
+        divisors: what the curvatures of sources were divided by.
 
     Raises:
         OutputError: the disk failed.
@@ -64,7 +71,7 @@ def finish_folder(plan: MergePlan, staging: Path, records: Mapping[str, Any], op
     mean = (open_checkpoint(staging) if dense else open_adapter(staging)).tensors
     _finish_sidecar(plan, staging, fingerprint(mean))
     _write(staging / RECIPE_NAME, dump_yaml(plan.recipe.resolved()))
-    text = report(plan, records, options)
+    text = report(plan, records, options, divisors)
     _write(staging / REPORT_NAME, text)
     _write(staging / "README.md", model_card(plan, json.loads(text)))
 

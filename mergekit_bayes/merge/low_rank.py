@@ -187,7 +187,7 @@ def _step(precision: Projected, pull: Tensor, factor: Tensor) -> tuple[Tensor, f
     step = conjugate_gradients(
         precision.times,
         force,
-        precision.diagonal,
+        lambda residual: residual / precision.diagonal,
         tolerance=SOLVER_TOLERANCE,
         max_iterations=SOLVER_ITERATIONS,
     ).x

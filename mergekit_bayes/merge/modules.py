@@ -196,7 +196,7 @@ def _product_posterior(
     precision = product_precision(update, rows).div_(source.divisor)
     if update.prior_variance is not None:
         precision += base.precision_tensor()
-    return Diagonal.unchecked(mean, precision)
+    return Diagonal.unchecked(mean, precision.clamp_(min=source.floor) if source.floor is not None else precision)
 
 
 def _scalar(precision: object, operands: OperandReader) -> Tensor:
@@ -292,4 +292,6 @@ def _factor_posterior(
     if source.prior_share is not None or stretch != 1.0:
         share = prior if source.prior_share is None else source.prior_share
         precision = (precision - share * stretch) + prior
+    if source.floor is not None:
+        precision = precision.clamp(min=source.floor)
     return _posterior(mean * ratio, precision)

@@ -79,12 +79,21 @@ class OperandReader:
         """
         assert isinstance(operand.precision, TensorInfo)  # this is what `of_update` says
         start, _, _ = rows.indices(operand.precision.shape[0])
-        block = self._reader.read_block(operand.precision, start * mean.shape[1], mean.numel())
-        check_precision(block, operand.precision.name, str(operand.precision.path))
+        block = self.precision_block(operand.precision, start * mean.shape[1], mean.numel())
         precision = block.to(self.device).reshape(mean.shape)
         divisor = None if operand.divisor == 1.0 else self._scalar(operand.divisor)
-        stored = Stored(mean, precision, divisor, self._scalar(operand.prior_share))
+        stored = Stored(mean, precision, divisor, self._scalar(operand.prior_share), operand.floor)
         return as_posterior(stored, base.precision_tensor(), self.dtype)
+
+    def precision_block(self, tensor: TensorInfo, start: int, count: int) -> Tensor:
+        """Some elements of a precision, checked, as they are stored.
+
+        Raises:
+            NumericalError: a precision is not positive and finite.
+        """
+        block = self._reader.read_block(tensor, start, count)
+        check_precision(block, tensor.name, str(tensor.path))
+        return block
 
     def terms(self, curvature: Curvature) -> list[Term]:
         """The Kronecker terms of a source, divided as its precision is.
@@ -119,7 +128,7 @@ class OperandReader:
         assert precision is not None  # the plan gives every operand of a merge step a precision
         divisor = None if operand.divisor == 1.0 else self._scalar(operand.divisor)
         taken_out = operand.low_rank is not None and operand.low_rank.prior is not None
-        return Stored(mean, precision, divisor, self._scalar(0.0 if taken_out else operand.prior_share))
+        return Stored(mean, precision, divisor, self._scalar(0.0 if taken_out else operand.prior_share), operand.floor)
 
     def _precision(self, operand: Operand, start: int, stop: int) -> Tensor | None:
         if isinstance(operand.precision, TensorInfo):

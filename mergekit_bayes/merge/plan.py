@@ -25,7 +25,7 @@ from mergekit_bayes.merge.inputs import Input, belongs, flatten, on_its_base, op
 from mergekit_bayes.merge.provenance import data_scale, merged_metadata, metadata_strings
 from mergekit_bayes.merge.registry import MergeMethod, get_method
 from mergekit_bayes.merge.setting import Setting
-from mergekit_bayes.merge.sidecars import add_notes, sidecar_problems, task_problems
+from mergekit_bayes.merge.sidecars import add_notes, normalise_problems, sidecar_problems, task_problems
 from mergekit_bayes.merge.steps import CopyStep, Layout, MergeStep, Step, Tasks, Unit
 from mergekit_bayes.merge.task import Task, agreed_task
 from mergekit_bayes.recipe import MergeRecipe, unused_filter_problems
@@ -153,6 +153,7 @@ def plan_merge(recipe: MergeRecipe, out: Path | None = None, *, recipe_dir: Path
         raise RecipeError(f"kind: found `{recipe.kind}`; expected `merge`, the kind that this call plans")
     folder = recipe_dir or Path.cwd()
     setting = _setting(recipe, folder)
+    setting.problems.extend(normalise_problems(setting))
     layout = dense_steps(setting) if setting.space == "full" else adapter_steps(setting)
     steps = layout.steps
     _check_filters(setting, steps)

@@ -64,7 +64,7 @@ def posterior_of(setting: Setting, source: Input, operand: Operand, names: Names
     if source.sidecar is not None:
         found = _from_sidecar(setting, source, source.sidecar, operand, names)
         if found is not None:
-            return found
+            return replace(found, of_sidecar=True, floor=setting.recipe.precision.source_floor)
     if setting.needs_prior and (source.sidecar is not None or setting.method.precision == "optional"):
         if source.adapter is None or operand.low_rank is not None or names.stored in source.adapter.tensors:
             setting.prior_only.setdefault(source.label, []).append(names.stored)

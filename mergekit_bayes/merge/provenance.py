@@ -93,13 +93,19 @@ def metadata_strings(setting: Setting, *, space: str, initial: bool = False) -> 
     return strings
 
 
-def report(plan: MergePlan, records: Mapping[str, Mapping[str, object]], options: Mapping[str, object]) -> str:
+def report(
+    plan: MergePlan,
+    records: Mapping[str, Mapping[str, object]],
+    options: Mapping[str, object],
+    divisors: Mapping[str, float],
+) -> str:
     """The report as JSON text.
 
     Args:
         plan: the plan that was carried out.
         records: what was measured, by step name.
         options: the options that can change bytes.
+        divisors: what the curvatures of sources were divided by, by their labels.
 
     Returns:
         JSON with sorted keys.
@@ -115,6 +121,8 @@ def report(plan: MergePlan, records: Mapping[str, Mapping[str, object]], options
             "scale": plan.recipe.scale,
             "prior_precision": plan.prior,
             "floor": plan.recipe.precision.floor,
+            "source_floor": plan.recipe.precision.source_floor,
+            "curvature_divided_by": dict(divisors),
             "weights": _weights(plan),
         },
         "inputs": [_input(source, role) for source, role in _roles(plan)],

@@ -59,6 +59,8 @@ class MergeResult:
         tensors = self.report["tensors"]
         dropped = f", {len(tensors['dropped'])} of the base dropped" if tensors["dropped"] else ""
         lines = [f"{self.folder}: {tensors['merged']} tensors merged, {len(tensors['copied'])} copied{dropped}"]
+        for label, divisor in self.report["method"]["curvature_divided_by"].items():
+            lines.append(f"  curvature of {label}: divided by {divisor:.4g} to be as large as the others' on average")
         for label, gap in self.report["mismatch"].items():
             unit = f" ({gap['per_unit']:.3g} per training unit)" if gap["per_unit"] is not None else ""
             lines.append(f"  predicted loss increase of {label}: {gap['total']:.4g}{unit}")
@@ -146,10 +148,12 @@ def run_merge(
         folder.check()
     with processes.together(), folder:
         processes.barrier()  # the leader has prepared the folder
-        records = _run_units(plan, folder, options, processes, progress=progress)
+        divisors = _divisors(plan)
+        records = _run_units(plan, folder, options, processes, divisors=divisors, progress=progress)
         if not processes.leader:
             return MergeResult(plan.out, {})
-        finish_folder(plan, folder.staging, records, {"compile": options.compile, "device": options.device})
+        chosen = {"compile": options.compile, "device": options.device}
+        finish_folder(plan, folder.staging, records, chosen, divisors)
         text = (folder.staging / REPORT_NAME).read_text(encoding="utf-8")
         folder.publish()
     return MergeResult(plan.out, json.loads(text))
@@ -204,8 +208,20 @@ def _job(plan: MergePlan, device: str, compile: bool) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def _divisors(plan: MergePlan) -> dict[str, float]:
+    from mergekit_bayes.merge.normalise import curvature_divisors
+
+    return curvature_divisors(plan)
+
+
 def _run_units(
-    plan: MergePlan, folder: OutputFolder, options: Any, processes: Processes, *, progress: bool
+    plan: MergePlan,
+    folder: OutputFolder,
+    options: Any,
+    processes: Processes,
+    *,
+    divisors: Mapping[str, float],
+    progress: bool,
 ) -> dict[str, Any]:
     from mergekit_bayes.merge.execute import Engine
 
@@ -217,7 +233,7 @@ def _run_units(
         folder.require_space(sum(unit.bytes_written for unit in unfinished))
     total = sum(unit.bytes_read + unit.bytes_written for unit in todo)
     with _bar(total, show=progress and processes.leader) as advance:
-        engine = Engine(plan, options, progress=advance)
+        engine = Engine(plan, options, progress=advance, divisors=divisors)
         try:
             for unit in todo:
                 record = engine.run_unit(unit, folder.staging)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from mergekit_bayes.checkpoint.sidecar import SidecarMetadata
-from mergekit_bayes.errors import MergekitBayesError, MethodError, RecipeError, SidecarMismatchError
+from mergekit_bayes.errors import MergekitBayesError, MethodError, MissingInputError, RecipeError, SidecarMismatchError
 from mergekit_bayes.merge.inputs import Input
 from mergekit_bayes.merge.registry import MergeMethod, methods_for_family
 from mergekit_bayes.merge.setting import Setting
@@ -34,6 +34,26 @@ def sidecar_problems(method: MergeMethod, sources: Sequence[Input], space: str) 
             yield SidecarMismatchError(
                 f"{where}: describes the updates dW of an adapter, not its factors; expected precisions of factors for "
                 "space: factor, or use space: product or full"
+            )
+
+
+def normalise_problems(setting: Setting) -> Iterator[MergekitBayesError]:
+    """Why curvatures cannot be told from priors, where the recipe asks for the former to be normalised."""
+    if not setting.recipe.precision.normalise:
+        return
+    place = ("precision", "normalise")
+    if not setting.uses_precision:
+        yield RecipeError(setting.recipe.describe(place, f"{setting.method.name} uses no precisions; remove it"))
+    elif setting.space == "factor":
+        yield RecipeError(setting.recipe.describe(place, "not in space: factor; expected product or full"))
+    elif setting.needs_prior and setting.scalar_prior is None:
+        why = "needs a scalar prior, not the base's sidecar; expected a number for precision.prior"
+        yield RecipeError(setting.recipe.describe(place, why))
+    for source in setting.sources if setting.needs_prior else ():
+        if source.sidecar is not None and source.sidecar.metadata.prior_precision is None:
+            yield MissingInputError(
+                f"{source.sidecar.path}: prior_precision is not recorded, so its curvature cannot be told from its "
+                "prior; expected it for precision.normalise, or normalise: false"
             )
 
 

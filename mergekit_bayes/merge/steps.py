@@ -74,6 +74,8 @@ class Operand:
             the executor replaces it by the merge's common prior, S_t <- S_t - S_0t + S_0. None: nothing to replace.
         curvature: Kronecker terms that S has beside `precision`, or None.
         of_update: `precision` is that of an adapter's update, as (out_features, in_features).
+        of_sidecar: its own sidecar says something of this tensor.
+        floor: its own precision is raised to at least this, once it has the merge's prior; None to leave it.
     """
 
     label: str
@@ -84,6 +86,8 @@ class Operand:
     prior_share: float | None = None
     curvature: Curvature | None = None
     of_update: bool = False
+    of_sidecar: bool = False
+    floor: float | None = None
 
     @property
     def turned(self) -> bool:

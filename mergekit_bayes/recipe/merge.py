@@ -79,6 +79,14 @@ def _prior(value: object) -> float | str | None:
     return field.positive(value) if isinstance(value, int | float) else field.text(value)
 
 
+def _normalise(value: object) -> Literal["trace"] | None:
+    if value is None or value is False:
+        return None
+    if value == "trace":
+        return "trace"
+    raise refusal(f"expected trace or false, found {show(value)}.")
+
+
 def _models(value: object) -> object:
     if not isinstance(value, list | tuple):
         raise refusal(f"expected a list of models, each `- model: ...`, found {show(value)}.")
@@ -113,10 +121,15 @@ class PrecisionSpec(Spec):
             sidecar if it has one, else what the sources' sidecars agree on.
         floor: the merged precision is raised to at least this; without it, one that is not positive is an
             error.
+        normalise: `trace` divides the curvature of every source so that all have the same mean over the entries that
+            their sidecars cover; None keeps them as they are.
+        source_floor: every source's own precision is raised to at least this, at the scale of the merge.
     """
 
     prior: Annotated[float | str | None, checked(_prior)] = None
     floor: Annotated[float | None, checked(field.optional(field.positive))] = None
+    normalise: Annotated[Literal["trace"] | None, checked(_normalise)] = None
+    source_floor: Annotated[float | None, checked(field.optional(field.positive))] = None
 
 
 class OutputSpec(Spec):
