@@ -48,7 +48,8 @@ def mixture(
     multitask finetuning", arXiv 2412.08147); every step raises the tempered log-density of the merge. Responsibilities
     rho are per tensor. T is the temperature times the number of entries of the tensor: log-densities are sums over the
     entries, whose differences would otherwise make every rho 0 or 1 in all but the smallest tensors; at temperature 1
-    components are compared by their log-density per entry. Tasks with one posterior are merged as by `posterior`.
+    components are compared by their log-density per entry. Tasks with one posterior are merged as by `posterior`, and
+    Kronecker factors of components are taken as they are, without shrinkage.
 
     Args:
         base: mean theta_0 and prior precision S_0, shape (*weight).
