@@ -18,12 +18,14 @@ import typer
 from .evaluate import evaluate
 from .inspect import inspect
 from .methods import methods
+from .pick import pick
 from .plan import plan
 from .run import run
 
 VERBS: dict[str, Callable[..., None]] = {
     "run": run,
     "plan": plan,
+    "pick": pick,
     "evaluate": evaluate,
     "methods": methods,
     "inspect": inspect,

@@ -14,6 +14,7 @@ from .failure import exit_codes
 if TYPE_CHECKING:
     from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe, PrecisionRecipe
     from mergekit_bayes.recipe.evaluate import EvaluateRecipe
+    from mergekit_bayes.recipe.preview import PreviewRecipe
 
 
 def plan(
@@ -59,6 +60,14 @@ def _precision(recipe: PrecisionRecipe, out: Path | None, options: Mapping[str, 
     return describe(_to(recipe, out))
 
 
+def _preview(recipe: PreviewRecipe, out: Path | None, options: Mapping[str, Any]) -> str:
+    refuse_options(recipe.kind, options, "it has no list of tensors.")
+
+    from mergekit_bayes.preview.describe import describe
+
+    return describe(_to(recipe, out))
+
+
 def _evaluate(recipe: EvaluateRecipe, out: Path | None, options: Mapping[str, Any]) -> str:
     refuse_options(recipe.kind, options, "it has no list of tensors.")
 
@@ -67,7 +76,7 @@ def _evaluate(recipe: EvaluateRecipe, out: Path | None, options: Mapping[str, An
     return describe(_to(recipe, out))
 
 
-R = TypeVar("R", "FinetuneRecipe", "PrecisionRecipe", "EvaluateRecipe")
+R = TypeVar("R", "FinetuneRecipe", "PrecisionRecipe", "PreviewRecipe", "EvaluateRecipe")
 
 
 def _to(recipe: R, out: Path | None) -> R:
@@ -81,6 +90,7 @@ _PLANS: Mapping[str, Callable[[Any, Path | None, Mapping[str, Any]], str]] = {
     "merge": _merge,
     "finetune": _finetune,
     "precision": _precision,
+    "preview": _preview,
     "evaluate": _evaluate,
 }
 """What describes the recipes of each kind."""

@@ -17,6 +17,7 @@ from .failure import exit_codes
 if TYPE_CHECKING:
     from mergekit_bayes.recipe import FinetuneRecipe, MergeRecipe, PrecisionRecipe
     from mergekit_bayes.recipe.evaluate import EvaluateRecipe
+    from mergekit_bayes.recipe.preview import PreviewRecipe
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,16 @@ def _precision(recipe: PrecisionRecipe, asked: _Request) -> None:
             print(result.summary())
 
 
+def _preview(recipe: PreviewRecipe, asked: _Request) -> None:
+    refuse_options(recipe.kind, asked.options, "the recipe's `evaluation` says where and how mixes are evaluated.")
+    with exit_codes():
+        from mergekit_bayes.preview.run import preview
+
+        result = preview(recipe, asked.out, overwrite=asked.overwrite, progress=not asked.quiet)
+        if not asked.quiet and result.front:  # only the leading process of several has one
+            print(result.summary())
+
+
 def _evaluate(recipe: EvaluateRecipe, asked: _Request) -> None:
     refuse_options(recipe.kind, asked.options, "`accelerate launch` says where, and in how many processes, it runs.")
     run_evaluation(recipe, asked.out, overwrite=asked.overwrite, quiet=asked.quiet)
@@ -133,6 +144,7 @@ _RUNNERS: Mapping[str, Callable[[Any, _Request], None]] = {
     "merge": _merge,
     "finetune": _finetune,
     "precision": _precision,
+    "preview": _preview,
     "evaluate": _evaluate,
 }
 """What runs the recipes of each kind."""

@@ -14,6 +14,7 @@
     finetune              run a fine-tuning recipe
     estimate_precision    the precision of a model or adapter that was trained without one
     evaluate              run an evaluation recipe
+    preview               run a preview recipe
     IVON                  an optimizer that leaves a posterior behind
     sample_posterior      put a sample of a posterior into a loaded model, for a while
     MergekitBayesError    the root of every error this library raises on purpose
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.merge.registry import Parameter, merge_method, method_names
     from mergekit_bayes.merge.run import merge
     from mergekit_bayes.posterior import Diagonal, Isotropic, Kronecker, Mixture, merge_posteriors, mismatch
+    from mergekit_bayes.preview.run import preview
     from mergekit_bayes.recipe import load_recipe
 
 __version__ = "0.1.0"
@@ -61,6 +63,7 @@ __all__ = [  # noqa: RUF022 - in the order of `sorted`, which a test checks
     "method_names",
     "mismatch",
     "plan_merge",
+    "preview",
     "sample_posterior",
 ]
 
@@ -85,7 +88,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("evaluate", "finetune", "merge"):  # packages that can be called
+    if name in ("evaluate", "finetune", "merge", "preview"):  # packages that can be called
         return importlib.import_module(f"mergekit_bayes.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

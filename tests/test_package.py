@@ -22,7 +22,8 @@ PACKAGE = ROOT / "mergekit_bayes"
 # A module imports from itself and from the rows below; names in one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("estimate", "finetune", "merge", "preview"),
+    ("preview",),
+    ("estimate", "finetune", "merge"),
     ("evaluate",),
     ("data", "model"),
     ("recipe", "checkpoint"),

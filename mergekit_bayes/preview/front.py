@@ -44,22 +44,23 @@ def oriented(scores: Points, higher_is_better: Sequence[bool]) -> Points:
 
 
 def normalised(scores: Points, base: Points, expert: Points) -> Points:
-    """Each task on the scale of what its expert gained: (score - base) / (expert - base).
+    """Each task on the scale of what its expert changed: (score - base) / |expert - base|.
 
-    It does not matter whether more or less is better. Where expert and base score the same there is no scale: NaN.
+    Where the expert is better than the base, 0 is the base and 1 the expert. Where they score the same there is no
+    scale: NaN.
 
     Args:
-        scores: shape (points, tasks).
+        scores: shape (points, tasks), more is better.
         base: shape (tasks,), scores of the base.
         expert: shape (tasks,), the score of each task's own expert in it.
     """
-    gain = np.where(expert == base, np.nan, expert - base)
-    return (scores - base) / gain
+    gain = np.abs(expert - base)
+    return (scores - base) / np.where(gain > 0, gain, np.nan)
 
 
 def non_dominated(points: Points) -> Marks:
     """Which points no other one dominates, shape (points,); equal points are there together, points with NaN never."""
-    found: Marks = np.isfinite(points).all(axis=1)
+    found: Marks = np.asarray(np.isfinite(points).all(axis=1), dtype=np.bool_)
     if found.any():
         import moocore
 

@@ -36,6 +36,7 @@ SPACING = {False: 0.4, True: 0.5}
 _SMALLEST, _LARGEST = -14.0, 40.0  # logarithms of ratios that are told from zero and from infinity
 _ENTRIES = 1 << 19  # gathered at a time
 _MIXES, _NODES = 128, 1024
+_SIDE = 1 << 12  # places along an axis of the grid, more than the logarithms need
 
 
 class SharedRatios:
@@ -91,20 +92,19 @@ class SharedRatios:
         at, matrices = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
         self._waiting = []
         below = at.floor()
-        cells, owner, counts = torch.unique(below.long(), dim=0, return_inverse=True, return_counts=True)
-        order = owner.argsort()
+        keys, order = _key(below.long()).sort()
+        cells, counts = torch.unique_consecutive(keys, return_counts=True)
         weights = _cubic((at - below)[order].float())
-        dealt = [
-            own.T @ values
-            for own, values in zip(weights.split(counts.tolist()), matrices[order].split(counts.tolist()), strict=True)
-        ]
-        places = (cells[:, None] + self._corners).flatten(0, 1)
-        self._nodes.append((places, torch.cat(dealt).double()))
+        sizes = counts.tolist()
+        parts = zip(torch.split(weights, sizes), torch.split(matrices[order], sizes), strict=True)
+        dealt = [own.T @ values for own, values in parts]
+        places = cells[:, None] + (_key(self._corners) - _key(torch.zeros_like(self._corners[:1])))
+        self._nodes.append((places.flatten(), torch.cat(dealt).double()))
         self._gather()
 
     def _gather(self) -> None:
         """Add up what several flushes have for one node."""
-        places, owner = torch.unique(torch.cat([at for at, _ in self._nodes]), dim=0, return_inverse=True)
+        places, owner = torch.unique(torch.cat([at for at, _ in self._nodes]), return_inverse=True)
         values = torch.cat([values for _, values in self._nodes])
         self._nodes = [(places, values.new_zeros(len(places), values.shape[1]).index_add_(0, owner, values))]
 
@@ -126,7 +126,7 @@ class SharedRatios:
         self._flush()
         found = self._constant.repeat(len(weights), 1)
         for places, values in self._nodes:
-            ratios = (places * self._spacing).exp().float()
+            ratios = (_coordinates(places, self._ratios) * self._spacing).exp().float()
             matrices = values.float().view(len(places), self._sources, len(self._pairs)).permute(2, 0, 1).contiguous()
             for rows in _slices(len(weights), _MIXES):
                 for columns in _slices(len(places), _NODES):
@@ -152,6 +152,18 @@ class SharedRatios:
         ratios = torch.cat([torch.ones(len(ratios), 1), ratios], dim=1)
         parts = (weights @ ratios.T).reciprocal_()
         return [weights[:, s : s + 1] * ratios[:, s] * parts for s in range(self._sources)]
+
+
+def _key(at: Tensor) -> Tensor:
+    """One number for the coordinates of a place on the grid, shape (places,); sums of them are sums of coordinates."""
+    scale = torch.tensor([_SIDE**axis for axis in range(at.shape[1])], dtype=torch.long)
+    return ((at + _SIDE // 2) * scale).sum(dim=1)
+
+
+def _coordinates(keys: Tensor, axes: int) -> Tensor:
+    """The coordinates that a key stands for, shape (places, axes)."""
+    parts = [keys.div(_SIDE**axis, rounding_mode="floor") % _SIDE - _SIDE // 2 for axis in range(axes)]
+    return torch.stack(parts, dim=1) if parts else keys.new_zeros(len(keys), 0)
 
 
 def _cubic(part: Tensor) -> Tensor:

@@ -57,9 +57,12 @@ def test_points_with_nan_are_nowhere() -> None:
 def test_losses_are_turned_and_tasks_put_on_the_scale_of_their_experts() -> None:
     scores = np.array([[4.0, 0.5], [3.0, 0.9]])
     assert front.oriented(scores, [False, True]).tolist() == [[-4.0, 0.5], [-3.0, 0.9]]
-    found = front.normalised(scores, base=np.array([5.0, 0.5]), expert=np.array([3.0, 0.9]))
+    turned = front.oriented(scores, [False, True])
+    found = front.normalised(turned, base=np.array([-5.0, 0.5]), expert=np.array([-3.0, 0.9]))
     assert np.allclose(found, [[0.5, 0.0], [1.0, 1.0]])
-    assert np.isnan(front.normalised(scores, np.array([5.0, 0.5]), np.array([5.0, 0.9]))[:, 0]).all()
+    worse = front.normalised(turned, base=np.array([-3.5, 0.5]), expert=np.array([-4.0, 0.9]))
+    assert np.allclose(worse[:, 0], [-1.0, 1.0])  # an expert that lost in its own task is at -1
+    assert np.isnan(front.normalised(turned, np.array([-5.0, 0.5]), np.array([-5.0, 0.9]))[:, 0]).all()
 
 
 def test_the_knee_of_two_lines_is_where_they_meet() -> None:

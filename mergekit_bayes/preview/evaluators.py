@@ -1,0 +1,194 @@
+"""Evaluating mixes of every method on one model in memory, by the fastest way the method and the sources allow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import nn
+
+from mergekit_bayes.model.base_identity import open_base
+from mergekit_bayes.model.pretrained import Loading, load_pretrained
+from mergekit_bayes.model.tokens import load_tokenizer
+from mergekit_bayes.preview.design import Mix
+from mergekit_bayes.preview.in_place import InPlace
+from mergekit_bayes.preview.plans import MethodPlan
+from mergekit_bayes.preview.stacked import StackedAdapters, can_stack
+from mergekit_bayes.preview.tasks import Scores, TaskData, check_packing, common_labels, load_tasks, score
+from mergekit_bayes.recipe.model import ModelSpec
+
+if TYPE_CHECKING:
+    from mergekit_bayes.data.read import Tables
+    from mergekit_bayes.recipe.preview import PreviewRecipe
+
+__all__ = ["Evaluated", "Evaluator", "Ground", "load_ground"]
+
+Evaluator: TypeAlias = Callable[[nn.Module], float]
+"""A score of your own for one task: the model in memory, in evaluation mode, to a number."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came of evaluating one mix.
+
+    Attributes:
+        scores: by task; empty where it failed.
+        seconds: its share of the time.
+        error: why it failed; None if it did not.
+    """
+
+    scores: Mapping[str, Scores]
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What all evaluations share.
+
+    Attributes:
+        model: the base, in evaluation mode.
+        tasks: with their rows.
+        device: where the model is.
+        dtype: what it computes in.
+    """
+
+    model: nn.Module
+    tasks: tuple[TaskData, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def load_ground(
+    recipe: PreviewRecipe, *, recipe_dir: Path | None = None, tables: Tables | None = None, local_rank: int = 0
+) -> Ground:
+    """Loads the base and the data of all tasks.
+
+    Args:
+        recipe: of the preview.
+        recipe_dir: folder that relative paths are tried from after the current directory.
+        tables: data sets in memory, by the path that stands for them.
+        local_rank: of this process on its machine, for its accelerator.
+
+    Raises:
+        MergekitBayesError: model or data cannot be read, or do not fit together.
+    """
+    spec = recipe.evaluation
+    checkpoint, _ = open_base(recipe.base_model, recipe_dir=recipe_dir)
+    tokenizer = load_tokenizer(checkpoint.folder, reference=recipe.base_model)
+    rows = max(1, spec.batch_size // spec.mixes_per_batch)
+    tasks = load_tasks(recipe, tokenizer, recipe_dir=recipe_dir, tables=tables, rows_per_batch=rows)
+    device = _device(spec.device, local_rank)
+    loading = Loading(
+        spec=ModelSpec.model_construct(path=recipe.base_model, task=spec.task, dtype=spec.dtype),
+        adapter=None,
+        checkpoint=checkpoint,
+        labels=common_labels(tasks),
+        device=device,
+        pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    model, _ = load_pretrained(loading)
+    check_packing(model, tasks)
+    dtype = getattr(torch, spec.dtype)
+    return Ground(model.eval().requires_grad_(False), tasks, device, dtype)
+
+
+def _device(asked: str | None, local_rank: int) -> torch.device:
+    if asked is not None:
+        return torch.device(asked)
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass(eq=False)
+class Evaluations:
+    """Evaluates mixes; keeps one method ready at a time, and is a context manager that leaves the model as it was.
+
+    Attributes:
+        ground: model and tasks.
+        mixes_per_batch: mixes that share a forward pass where that is possible.
+        max_memory: bytes of sources kept between merges.
+        evaluators: scores of your own, by task; they see one model at a time.
+    """
+
+    ground: Ground
+    mixes_per_batch: int
+    max_memory: int
+    evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
+    _stack: ExitStack = field(default_factory=ExitStack)
+    _ready: StackedAdapters | InPlace | None = None
+    _stacks: dict[str, bool] = field(default_factory=dict)
+
+    def __enter__(self) -> Evaluations:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._leave()
+
+    def together(self, method: MethodPlan) -> int:
+        """How many mixes of a method share a forward pass."""
+        return self.mixes_per_batch if self._stackable(method) else 1
+
+    def _stackable(self, method: MethodPlan) -> bool:
+        if method.title not in self._stacks:
+            self._leave()  # layers that are replaced just now are no linear layers
+            self._stacks[method.title] = not self.evaluators and can_stack(method, self.ground.model)
+        return self._stacks[method.title]
+
+    def _leave(self) -> None:
+        """The model as it was."""
+        self._stack.close()
+        self._ready = None
+
+    def evaluate(self, method: MethodPlan, mixes: Sequence[Mix]) -> list[Evaluated]:
+        """Evaluates mixes that share forward passes; what fails is recorded for the mix that made it fail.
+
+        Args:
+            method: of the mixes.
+            mixes: not more than `together` says.
+        """
+        began = time.monotonic()
+        try:
+            found = self._scores(method, mixes)
+        except Exception as error:  # one mix that fails must not end a sweep of hours
+            if len(mixes) > 1:
+                return [alone for mix in mixes for alone in self.evaluate(method, [mix])]
+            return [Evaluated({}, time.monotonic() - began, f"{type(error).__name__}: {error}")]
+        share = (time.monotonic() - began) / len(mixes)
+        return [Evaluated(scores, share) for scores in found]
+
+    def _scores(self, method: MethodPlan, mixes: Sequence[Mix]) -> list[dict[str, Scores]]:
+        ready = self._prepared(method)
+        if isinstance(ready, InPlace):
+            (mix,) = mixes
+            ready.load(mix)
+            return [{task.name: self._of_one(task) for task in self.ground.tasks}]
+        found: list[dict[str, Scores]] = [{} for _ in mixes]
+        for task in self.ground.tasks:
+            scores = score(self.ground.model, task, mixes=len(mixes), select=lambda rows: ready.choose(mixes, rows))
+            for each, named in zip(found, scores, strict=True):
+                each[task.name] = named
+        return found
+
+    def _of_one(self, task: TaskData) -> Scores:
+        if task.name in self.evaluators:
+            return {task.metric: float(self.evaluators[task.name](self.ground.model))}
+        return score(self.ground.model, task)[0]
+
+    def _prepared(self, method: MethodPlan) -> StackedAdapters | InPlace:
+        """The method ready on the model; the one before leaves it."""
+        if self._ready is not None and self._ready.method is method:
+            return self._ready
+        self._leave()
+        ground = self.ground
+        if self._stackable(method):
+            stacked = StackedAdapters(ground.model, method, dtype=ground.dtype, device=ground.device)
+            self._stack.enter_context(stacked.attached())
+            self._ready = stacked
+        else:
+            self._ready = self._stack.enter_context(InPlace(ground.model, method, max_memory=self.max_memory))
+        return self._ready

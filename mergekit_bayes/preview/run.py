@@ -1,0 +1,246 @@
+"""From a preview recipe to the folder of its results."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergekit_bayes.errors import RecipeError
+from mergekit_bayes.finetune.interrupt import StopRequest, stop_on_signals
+from mergekit_bayes.merge.processes import Processes
+from mergekit_bayes.merge.schemas import method_schemas
+from mergekit_bayes.preview.cache import EvaluationCache
+from mergekit_bayes.preview.design import Mix
+from mergekit_bayes.preview.designs import mixes_of
+from mergekit_bayes.preview.folder import PreviewFolder
+from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods
+from mergekit_bayes.preview.progress import follow
+from mergekit_bayes.preview.publish import Found, publish
+from mergekit_bayes.preview.sweep import Group, groups_of, in_turns, run_groups, within_budget
+from mergekit_bayes.recipe import load_recipe
+from mergekit_bayes.recipe.preview import MethodSpec, PreviewRecipe
+
+if TYPE_CHECKING:
+    from mergekit_bayes.data.read import Tables
+    from mergekit_bayes.preview.evaluators import Evaluator, Ground
+    from mergekit_bayes.preview.predict import Predictions
+
+__all__ = ["PreviewResult", "preview"]
+
+CORNERS = "corners"
+"""Title of the method that gives the base and the experts themselves."""
+
+
+@dataclass(frozen=True)
+class PreviewResult:
+    """A finished preview.
+
+    Attributes:
+        folder: of the results.
+        front: the content of its front.json; empty in every process but the leading one.
+        text: what a terminal shows.
+    """
+
+    folder: Path
+    front: Mapping[str, Any]
+    text: str = ""
+
+    def summary(self) -> str:
+        """What was found, for a terminal."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Of a call, beside recipe and output."""
+
+    progress: bool
+    recipe_dir: Path | None
+    tables: Tables | None
+    evaluators: Mapping[str, Evaluator]
+
+
+def preview(
+    recipe: PreviewRecipe | Path | str | Mapping[str, Any],
+    out: Path | str | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+    recipe_dir: Path | None = None,
+    tables: Tables | None = None,
+    evaluators: Mapping[str, Evaluator] | None = None,
+) -> PreviewResult:
+    """Runs a preview recipe.
+
+    Every evaluated mix is kept in the folder under a key of its inputs: the same call continues a sweep that was
+    stopped, and a wider design evaluates what is new in it. Under `torchrun` or `accelerate launch` every process
+    calls this; mixes are split over them, in the same groups as in one process.
+
+    Args:
+        recipe: path of a recipe, its content as a dictionary, or a loaded one.
+        out: output folder; wins over the recipe's `output.path`.
+        overwrite: evaluate everything anew.
+        progress: show on standard error what happens.
+        recipe_dir: folder that relative paths are tried from after the current one; by default the recipe's own.
+        tables: data sets in memory, by the path that stands for them in the recipe.
+        evaluators: scores of your own, by task, in place of those of the task's metric: the merged model in memory to a
+            number. Such mixes are merged and evaluated one at a time.
+
+    Returns:
+        The results.
+
+    Raises:
+        RecipeError: the recipe cannot be read; every problem at once.
+        PlanError: recipe and sources do not fit; every problem at once.
+        MergekitBayesError: the base or the data cannot be read, the folder cannot be written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what had been evaluated was written.
+    """
+    loaded = _loaded(recipe)
+    target = out if out is not None else loaded.output.path
+    if target is None:
+        hint = "missing; name a folder there, or after the recipe on the command line."
+        raise RecipeError(loaded.describe(("output", "path"), hint))
+    options = _Options(progress, loaded.folder if recipe_dir is None else recipe_dir, tables, evaluators or {})
+    _check_evaluators(loaded, options.evaluators)
+    folder = PreviewFolder(Path(target), overwrite=overwrite)
+    processes = Processes.from_environment()
+    if processes.leader:
+        folder.check()
+    plans = plan_methods(loaded, options.recipe_dir)
+    with ExitStack() as stack:
+        stack.enter_context(processes.together())
+        stack.enter_context(folder.held(loaded.resolved()) if processes.leader else nullcontext())
+        stop = stack.enter_context(stop_on_signals())
+        processes.barrier()  # the leader has prepared the folder
+        return _Run(loaded, plans, folder, processes, options, stop).go()
+
+
+def _loaded(recipe: PreviewRecipe | Path | str | Mapping[str, Any]) -> PreviewRecipe:
+    if isinstance(recipe, PreviewRecipe):
+        return recipe
+    return load_recipe(recipe, expect=PreviewRecipe, methods=method_schemas())
+
+
+def _check_evaluators(recipe: PreviewRecipe, evaluators: Mapping[str, Evaluator]) -> None:
+    unknown = sorted(set(evaluators) - set(recipe.task_names))
+    if unknown:
+        raise RecipeError(f"evaluators: {unknown[0]} is no task; there are {', '.join(recipe.task_names)}")
+
+
+def corner_spec(recipe: PreviewRecipe) -> MethodSpec:
+    """The method whose mixes are the base, at zero, and the experts, each alone."""
+    space = "full" if recipe.space == "full" else None
+    return MethodSpec.model_construct(merge_method="task_arithmetic", name=CORNERS, space=space)
+
+
+@dataclass
+class _Run:
+    """One preview, from plans to files."""
+
+    recipe: PreviewRecipe
+    plans: Sequence[MethodPlan]
+    folder: PreviewFolder
+    processes: Processes
+    options: _Options
+    stop: StopRequest
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def go(self) -> PreviewResult:
+        """Does everything, and writes what there is also when it is stopped."""
+        mixes = mixes_of(self.recipe)
+        predictions = self._predict(mixes) if self.processes.leader else None
+        groups, ground = self._evaluate(mixes)
+        self.processes.barrier()
+        if not self.processes.leader:
+            self._raise_if_stopped()
+            return PreviewResult(self.folder.path, {})
+        found = Found(
+            recipe=self.recipe,
+            plans=self.plans,
+            mixes=mixes,
+            groups=groups,
+            records=EvaluationCache(self.folder.path).read() if groups else {},
+            predictions=predictions,
+            units=None if ground is None else {task.name: task.units for task in ground.tasks},
+            seconds=self.seconds,
+            stopped=bool(self.stop),
+        )
+        front, text = publish(found, self.folder)
+        self._raise_if_stopped()
+        return PreviewResult(self.folder.path, front, text)
+
+    def _raise_if_stopped(self) -> None:
+        if self.stop:
+            raise KeyboardInterrupt(
+                f"interrupted; {self.folder.path} has the results so far, and the same command continues"
+            )
+
+    def _predict(self, mixes: Sequence[Mix]) -> Predictions | None:
+        if "surrogate" not in self.recipe.fidelity:
+            return None
+        from mergekit_bayes.preview.predict import predict
+
+        began = time.monotonic()
+        dense = plan_methods(self.recipe, self.options.recipe_dir, space="full")
+        curvature = curvature_plan(self.recipe, self.options.recipe_dir)
+        found = predict(curvature, [(plan, mixes) for plan in dense])
+        self.seconds["surrogate"] = time.monotonic() - began
+        return found
+
+    def _evaluate(self, mixes: Sequence[Mix]) -> tuple[list[Group], Ground | None]:
+        if "evaluated" not in self.recipe.fidelity:
+            return [], None
+        from mergekit_bayes.preview.evaluators import Evaluations, load_ground
+
+        began = time.monotonic()
+        only = self.recipe.model_copy(update={"methods": (corner_spec(self.recipe),), "merge_method": None})
+        (corners,) = plan_methods(only, self.options.recipe_dir)
+        ground = load_ground(
+            self.recipe,
+            recipe_dir=self.options.recipe_dir,
+            tables=self.options.tables,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        )
+        spec = self.recipe.evaluation
+        with Evaluations(ground, spec.mixes_per_batch, spec.max_memory, self.options.evaluators) as evaluations:
+            groups = self._groups(mixes, corners, evaluations, ground)
+            rank, count = self.processes.rank, self.processes.count
+            mine = sum(len(group.mixes) for group in groups[rank::count])
+            with follow(mine, show=self.options.progress and self.processes.leader) as report:
+                run_groups(
+                    groups,
+                    evaluations,
+                    EvaluationCache(self.folder.path, rank=rank),
+                    share=(rank, count),
+                    minutes=self.recipe.budget.minutes,
+                    stopped=lambda: bool(self.stop),
+                    report=report,
+                )
+        self.seconds["evaluation"] = time.monotonic() - began
+        return groups, ground
+
+    def _groups(self, mixes: Sequence[Mix], corners: MethodPlan, evaluations: Any, ground: Ground) -> list[Group]:
+        own = [f"{name}:{getattr(each, '__qualname__', '')}" for name, each in sorted(self.options.evaluators.items())]
+        inputs = [[(task.name, task.key) for task in ground.tasks], str(ground.dtype), ground.device.type, own]
+        sources = len(self.recipe.models)
+        alone = [tuple(row) for row in np.eye(sources).tolist()]
+        needed = groups_of(
+            corners,
+            [(0.0,) * sources, *alone],
+            together=evaluations.together(corners),
+            inputs=inputs,
+            needed=True,
+        )
+        chosen = within_budget([mixes] * len(self.plans), self.recipe.budget.points)
+        of_methods = [
+            groups_of(plan, mine, together=evaluations.together(plan), inputs=inputs)
+            for plan, mine in zip(self.plans, chosen, strict=True)
+        ]
+        return [*needed, *in_turns(of_methods)]

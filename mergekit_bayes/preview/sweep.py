@@ -1,0 +1,122 @@
+"""Carry out a sweep: groups of mixes that share forward passes, in an order whose beginning covers the design."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_bayes.preview.cache import EvaluationCache, key_of
+from mergekit_bayes.preview.design import Mix
+from mergekit_bayes.preview.evaluators import Evaluated, Evaluations
+from mergekit_bayes.preview.plans import MethodPlan
+
+__all__ = ["Group", "groups_of", "run_groups", "within_budget"]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Mixes that share forward passes, always the same ones, so that their scores do not depend on who else runs.
+
+    Attributes:
+        method: of all of them.
+        mixes: in the order in which they share a batch.
+        keys: of their records.
+        needed: whether it is evaluated whatever the budget says: base and experts.
+    """
+
+    method: MethodPlan
+    mixes: tuple[Mix, ...]
+    keys: tuple[str, ...]
+    needed: bool = False
+
+
+def groups_of(
+    method: MethodPlan, mixes: Sequence[Mix], *, together: int, inputs: object, needed: bool = False
+) -> list[Group]:
+    """Cuts the mixes of one method into groups.
+
+    Args:
+        method: the method.
+        mixes: in the order in which they are evaluated.
+        together: mixes per group.
+        inputs: what their scores depend on besides method and weights, as JSON.
+        needed: as in `Group`.
+    """
+    job = method.plan.job
+    parts = [tuple(mixes[start : start + together]) for start in range(0, len(mixes), together)]
+    return [Group(method, part, tuple(key_of(job, mix, inputs) for mix in part), needed) for part in parts]
+
+
+def within_budget(designs: Sequence[Sequence[Mix]], points: int | None) -> list[list[Mix]]:
+    """The mixes of every method that a budget has room for: the first ones of each, the same number to within one.
+
+    Args:
+        designs: mixes of each method in order of spread.
+        points: evaluated mixes of all methods together; None for all.
+    """
+    if points is None:
+        return [list(mixes) for mixes in designs]
+    kept: list[list[Mix]] = [[] for _ in designs]
+    left = points
+    for place in range(max(map(len, designs), default=0)):
+        for mine, mixes in zip(kept, designs, strict=True):
+            if place < len(mixes) and left > 0:
+                mine.append(mixes[place])
+                left -= 1
+    return kept
+
+
+def in_turns(groups: Sequence[Sequence[Group]]) -> Iterator[Group]:
+    """One group of every method in turn, so that all methods are there when a sweep ends early."""
+    for place in range(max(map(len, groups), default=0)):
+        yield from (mine[place] for mine in groups if place < len(mine))
+
+
+Report = Callable[[int], None]
+
+
+def run_groups(
+    groups: Sequence[Group],
+    evaluations: Evaluations,
+    cache: EvaluationCache,
+    *,
+    share: tuple[int, int] = (0, 1),
+    minutes: float | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    report: Report = lambda _: None,
+) -> None:
+    """Evaluates what is not in the cache, and puts it there.
+
+    Args:
+        groups: in order.
+        evaluations: does the work.
+        cache: where records are.
+        share: this process and the number of all; each takes every so-many-th group.
+        minutes: after which no group is begun, unless it is needed.
+        stopped: whether somebody asked to stop; looked at between groups.
+        report: told the number of mixes after every group.
+    """
+    rank, world = share
+    known = {key for key, record in cache.read().items() if "error" not in record}
+    began = time.monotonic()
+    for group in [group for index, group in enumerate(groups) if index % world == rank]:
+        late = minutes is not None and time.monotonic() - began > 60 * minutes
+        if stopped() or (late and not group.needed):
+            continue
+        if not known.issuperset(group.keys):
+            found = evaluations.evaluate(group.method, group.mixes)
+            cache.add([_record(group, place, each) for place, each in enumerate(found)])
+        report(len(group.mixes))
+
+
+def _record(group: Group, place: int, found: Evaluated) -> Mapping[str, Any]:
+    record: dict[str, Any] = {
+        "key": group.keys[place],
+        "method": group.method.title,
+        "weights": list(group.mixes[place]),
+        "scores": {task: dict(scores) for task, scores in found.scores.items()},
+        "seconds": round(found.seconds, 6),
+    }
+    return record if found.error is None else {**record, "error": found.error}

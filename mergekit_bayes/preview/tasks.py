@@ -1,0 +1,177 @@
+"""The tasks of a preview in memory: rows tokenised and batched once, and what a model scores on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mergekit_bayes.data import collate, load_training_data, packing_fault
+from mergekit_bayes.errors import EvaluateError
+from mergekit_bayes.evaluate import predict_next_tokens, predict_probabilities
+
+if TYPE_CHECKING:
+    from mergekit_bayes.data import Rows
+    from mergekit_bayes.data.read import Tables
+    from mergekit_bayes.recipe.preview import PreviewRecipe, TaskSpec
+
+__all__ = ["Scores", "TaskData", "common_labels", "load_tasks", "score"]
+
+Scores: TypeAlias = Mapping[str, float]
+"""Every score of one task by its name: `loss` in nats per unit, `perplexity`, `accuracy`."""
+
+Select: TypeAlias = Callable[[int], None]
+"""Told how many rows of every mix the next batch holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """One task.
+
+    Attributes:
+        name: what plots and tables call it.
+        metric: the score that it is judged by.
+        batches: what models take, with `labels`; long rows first.
+        task: `causal_lm` or `sequence_classification`.
+        labels: names of the classes; None for language models.
+        units: tokens or examples that are scored.
+        key: digest of everything that decides the score of a model.
+        packed: whether rows hold several segments.
+        largest_token: the highest token id.
+    """
+
+    name: str
+    metric: str
+    batches: tuple[dict[str, Tensor], ...]
+    task: str
+    labels: tuple[str, ...] | None
+    units: int
+    key: str
+    packed: bool
+    largest_token: int
+
+
+def load_tasks(
+    recipe: PreviewRecipe,
+    tokenizer: Any,
+    *,
+    recipe_dir: Path | None = None,
+    tables: Tables | None = None,
+    rows_per_batch: int,
+) -> tuple[TaskData, ...]:
+    """Reads the data of all tasks.
+
+    Args:
+        recipe: of the preview.
+        tokenizer: of the base.
+        recipe_dir: folder that relative paths are tried from after the current directory.
+        tables: data sets in memory, by the path that stands for them.
+        rows_per_batch: rows of one mix in a forward pass.
+
+    Raises:
+        DataError: data that cannot be read, or classes that differ between tasks.
+    """
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    found = []
+    for spec, name in zip(recipe.tasks, recipe.task_names, strict=True):
+        assert spec.data is not None  # the check of the recipe wants data where something is evaluated
+        data = load_training_data(
+            spec.data.as_learned(), tokenizer, task=recipe.evaluation.task, recipe_dir=recipe_dir, tables=tables
+        )
+        found.append(_task(spec, name, data.train, data.labels, pad=pad, size=rows_per_batch))
+    common_labels(found)
+    return tuple(found)
+
+
+def _task(spec: TaskSpec, name: str, rows: Rows, labels: tuple[str, ...] | None, *, pad: int, size: int) -> TaskData:
+    count = len(rows) if spec.max_rows is None else min(spec.max_rows, len(rows))
+    chosen = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
+    ordered = chosen[np.argsort(-rows.lengths[chosen], kind="stable")].tolist()
+    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    batches = tuple(collate([rows[i] for i in part], pad_token_id=pad, task=rows.task) for part in parts)
+    key = f"{rows.fingerprint}:{spec.max_rows}:{spec.metric}:{labels}"
+    return TaskData(
+        name, spec.metric, batches, rows.task, labels, rows.num_units_of(ordered), key, rows.packed, rows.largest_token
+    )
+
+
+def common_labels(tasks: Sequence[TaskData]) -> tuple[str, ...]:
+    """The classes of all tasks, which one head predicts; empty for language models.
+
+    Raises:
+        EvaluateError: they differ.
+    """
+    first = tasks[0]
+    for other in tasks[1:]:
+        if other.labels != first.labels:
+            raise EvaluateError(
+                f"tasks: {first.name} has the labels {first.labels}, {other.name} {other.labels}; one merged head "
+                "predicts the same classes for all of them: set `data.labels` alike"
+            )
+    return first.labels or ()
+
+
+def check_packing(model: nn.Module, tasks: Sequence[TaskData]) -> None:
+    """Refuses packed rows for a model that lets their segments see each other.
+
+    Raises:
+        EvaluateError: it does.
+    """
+    packed = [task for task in tasks if task.packed]
+    if packed:
+        fault = packing_fault(model, vocabulary=max(task.largest_token for task in packed) + 1)
+        if fault is not None:
+            raise EvaluateError(f"tasks: data.packing: this model cannot be evaluated on packed rows: {fault}")
+
+
+def score(model: nn.Module, task: TaskData, *, mixes: int = 1, select: Select | None = None) -> list[Scores]:
+    """Scores a model, or several mixes that it computes side by side.
+
+    Args:
+        model: gives logits; of rows repeated for every mix, one mix after the other, where there are several.
+        task: what it is scored on.
+        mixes: how many.
+        select: called before every batch with its number of rows.
+
+    Returns:
+        One set of scores per mix.
+
+    Raises:
+        EvaluateError: outputs that are no logits.
+        NonFiniteError: the model computed NaN.
+    """
+    sums = torch.zeros(mixes, 2, dtype=torch.float64)
+    for batch in task.batches:
+        repeated = {name: tensor.repeat(mixes, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
+        if select is not None:
+            select(len(batch["labels"]))
+        loss, correct = _scored(model, task, repeated)
+        sums[:, 0] += loss.view(mixes, -1).sum(dim=1)
+        if correct is not None:
+            sums[:, 1] += correct.double().view(mixes, -1).sum(dim=1)
+    means = (sums / task.units).tolist()
+    return [_named(task, loss, accuracy) for loss, accuracy in means]
+
+
+def _scored(model: nn.Module, task: TaskData, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Loss of every unit of a batch, mix by mix, and whether the most probable answer was right."""
+    if task.task == "causal_lm":
+        tokens = predict_next_tokens(model, [batch], vocabulary=task.metric == "accuracy")
+        return tokens.nll, None if tokens.vocabulary is None else tokens.vocabulary.correct
+    classes = predict_probabilities(model, [batch])
+    return classes.nll, classes.correct
+
+
+def _named(task: TaskData, loss: float, accuracy: float) -> Scores:
+    found = {"loss": loss}
+    if task.task == "causal_lm":
+        found["perplexity"] = math.exp(min(loss, 700.0))
+    if task.task != "causal_lm" or task.metric == "accuracy":
+        found["accuracy"] = accuracy
+    return found
