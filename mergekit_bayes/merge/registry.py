@@ -109,6 +109,8 @@ class MergeMethod:
         scope: "element" if the kernel merges any block of a tensor, "tensor" if it has to see all of it.
         families: the families of posteriors that it can take as sources.
         options: keywords of the kernel, the names of the parameters that are handed to it.
+        inputs_only: of Kronecker factors only those of inputs count, so that the merge has one term without output
+            factor.
         entrywise: with scope "tensor", whether the kernel still merges posteriors that act entry by entry one entry at
             a time, so that any block of such a tensor will do.
     """
@@ -126,6 +128,7 @@ class MergeMethod:
     scope: Scope = "element"
     families: tuple[str, ...] = ELEMENTWISE
     options: tuple[str, ...] = ()
+    inputs_only: bool = False
     entrywise: bool = False
 
     @property
@@ -217,6 +220,7 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
     weights: WeightRule | None = None,
     scope: Scope = "element",
     families: tuple[str, ...] = ELEMENTWISE,
+    inputs_only: bool = False,
     entrywise: bool = False,
 ) -> Callable[[Kernel], Kernel]:
     """Register the decorated function as the merge method `name`; the function itself is returned unchanged.
@@ -232,6 +236,7 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
         weights: pure function from recipe weights and resolved parameters to effective weights.
         scope: "element" for kernels that merge any block of a tensor, "tensor" for those that see all of it.
         families: the families of posteriors that the kernel can take as sources.
+        inputs_only: of Kronecker factors only those of inputs count.
         entrywise: with scope "tensor", whether posteriors that act entry by entry are still merged so.
 
     Raises:
@@ -259,6 +264,7 @@ def merge_method(  # noqa: PLR0913  (a declaration, read by keyword)
                 scope=scope,
                 families=families,
                 options=options,
+                inputs_only=inputs_only,
                 entrywise=entrywise,
             )
         )

@@ -50,7 +50,7 @@ def terms_of(
         [None if each is None else each.curvature for each in sources],
         weights,
         diagonal=not prior or any(each is not None and _beyond_prior(each, base) for each in sources),
-        inputs_only=setting.method.name == "gram",
+        inputs_only=setting.method.inputs_only,
     )
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         ),
     ),
     scope="tensor",
+    inputs_only=True,
     entrywise=True,
     families=("isotropic", "diagonal", "kronecker"),
 )
