@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from .diagnose import diagnose
 from .evaluate import evaluate
 from .inspect import inspect
 from .methods import methods
@@ -27,6 +28,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "pick": pick,
     "evaluate": evaluate,
+    "diagnose": diagnose,
     "methods": methods,
     "inspect": inspect,
 }

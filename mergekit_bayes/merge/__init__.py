@@ -18,6 +18,8 @@
     execute.py, processes.py    the loop over blocks; several processes
     run.py, finish.py           from a plan to a published folder
     configuration.py, provenance.py, card.py    what the folder says about itself
+    diagnosis.py, heat_map.py   a report read back: what the merge is predicted to cost, and where
+    measured.py                 the same beside an evaluation
     load.py                     posteriors in memory, for Python
 
 The package can be called: `from mergekit_bayes import merge; merge("recipe.yaml", "merged/")` runs `run.merge`. The
