@@ -142,7 +142,7 @@ def selective_accuracy(confidence: Tensor, correct: Tensor, coverage: float) -> 
     sure, wanted = confidence.double(), coverage * len(confidence)
     edge = sure.sort(descending=True).values[min(math.ceil(wanted), len(sure)) - 1]
     above, at = sure > edge, sure == edge
-    kept = above.double() + at.double() * ((wanted - above.sum()) / at.sum())
+    kept = above.double() + at.double() * ((wanted - int(above.sum())) / int(at.sum()))
     parts = torch.stack([kept * correct.double(), kept], -1)
     return Score(f"selective_accuracy@{coverage:g}", parts, _ratio, higher_is_better=True)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from sklearn.metrics import accuracy_score, brier_score_loss, log_loss
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from mergekit_bayes.evaluate import (
     VocabularyPrediction,
     calibration_gaps,
     class_scores,
+    selective_accuracy,
     token_scores,
 )
 
@@ -116,3 +120,46 @@ def test_scores_of_tokens() -> None:
         assert scores["nll"] == pytest.approx(-float(chances.log().mean()))
     assert scores["accuracy"] == pytest.approx(2 / 3)
     assert scores["ece"] == pytest.approx(naive_ece(confidence, correct, 10))
+
+
+def mean_over_orders(confidence: list[float], correct: list[bool], coverage: float) -> float:
+    """Accuracy of the first of the examples, on average over all orders in which equally sure ones may come."""
+    wanted = coverage * len(confidence)
+    found = []
+    for order in itertools.permutations(range(len(confidence))):
+        ranked = sorted(order, key=lambda index: -confidence[index])  # a stable sort keeps the order of equals
+        weights = [min(1.0, max(0.0, wanted - place)) for place in range(len(ranked))]
+        found.append(sum(w * correct[index] for w, index in zip(weights, ranked, strict=True)) / wanted)
+    return math.fsum(found) / len(found)
+
+
+@given(
+    examples=st.lists(st.tuples(st.sampled_from([0.5, 0.7, 0.70000001, 1.0]), st.booleans()), min_size=1, max_size=5),
+    coverage=st.one_of(st.floats(1e-3, 1.0), st.sampled_from([0.2, 0.5, 0.6, 1.0])),
+)
+def test_accuracy_at_coverage_is_that_of_the_surest_whatever_their_order(
+    examples: list[tuple[float, bool]], coverage: float
+) -> None:
+    confidence, correct = map(list, zip(*examples, strict=True))
+    score = selective_accuracy(torch.tensor(confidence, dtype=torch.float64), torch.tensor(correct), coverage)
+    assert score.value == pytest.approx(mean_over_orders(confidence, correct, coverage), abs=1e-9)
+    assert float(score.parts[:, 1].sum()) == pytest.approx(coverage * len(examples))
+    assert score.higher_is_better
+
+
+def test_accuracy_at_full_coverage_is_accuracy_and_ranking_pays() -> None:
+    generator = torch.Generator().manual_seed(2)
+    confidence = torch.rand(400, generator=generator, dtype=torch.float64)
+    correct = torch.rand(400, generator=generator, dtype=torch.float64) < confidence
+    values = [selective_accuracy(confidence, correct, share).value for share in (0.1, 0.5, 1.0)]
+    assert values[2] == pytest.approx(float(correct.double().mean()))
+    assert values == sorted(values, reverse=True)
+    assert selective_accuracy(confidence, correct, 0.1).name == "selective_accuracy@0.1"
+
+
+@pytest.mark.parametrize("coverage", [0.0, -0.5, 1.5, math.nan])
+def test_a_coverage_that_is_none_is_refused(coverage: float) -> None:
+    with pytest.raises(EvaluateError, match="selective accuracy: coverage"):
+        selective_accuracy(torch.ones(2), torch.ones(2, dtype=torch.bool), coverage)
+    with pytest.raises(EvaluateError, match="as many of both"):
+        selective_accuracy(torch.ones(2), torch.ones(3, dtype=torch.bool), 0.5)
