@@ -119,15 +119,15 @@ def _three(figure: Any, content: Mapping[str, Any], tier: str) -> None:
     method = max(content["tiers"][tier]["methods"].items(), key=lambda item: item[1]["hypervolume"])[0]
     points = [point for point in _points(content, method, tier) if abs(sum(point["weights"]) - 1) < 1e-9]
     mapped = len(content["models"]) == 3 and len(points) >= 4
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1)) if mapped else (None, figure)
-    for column, task in enumerate(tasks if mapped else []):
-        _map(above.add_subplot(1, 3, column + 1, projection="ternary"), content, points, tier, task)
+    below = figure
+    if mapped:
+        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+        for column, task in enumerate(tasks):
+            _map(above.add_subplot(1, 3, column + 1, projection="ternary"), content, points, tier, task)
+        title = f"{method}: share of each expert's gain{_WORDS[tier]} over the weights; below, all mixes"
+        above.suptitle(title, fontsize=10)
     for axes, pair in zip(below.subplots(1, 3), ((0, 1), (1, 2), (2, 0)), strict=True):
         _curves(axes, content, tier, pair)
-    if above is not None:
-        above.suptitle(
-            f"{method}: share of each expert's gain{_WORDS[tier]} over the weights; below, all mixes", fontsize=10
-        )
     _legend(below)
 
 

@@ -44,7 +44,7 @@ class Choice:
             raise RecipeError(f"{folder}: no mix has scores; nothing can be picked")
         self.tier = tier or there[0]
         self.tasks = [task["name"] for task in self.front["tasks"]]
-        self.points = [
+        self.points: list[dict[str, Any]] = [
             point
             for point in self.front["points"]
             if self.tier in point

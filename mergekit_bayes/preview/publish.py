@@ -14,8 +14,10 @@ import numpy as np
 
 from mergekit_bayes.preview.costs import cost_table, source_seconds
 from mergekit_bayes.preview.design import Mix
+from mergekit_bayes.preview.fitted import fit_scores
 from mergekit_bayes.preview.folder import FRONT_NAME, PreviewFolder
 from mergekit_bayes.preview.plans import MethodPlan
+from mergekit_bayes.preview.references import against_references
 from mergekit_bayes.preview.results import TIERS, Array, Point, Scale, front_of, number, points_as_data
 from mergekit_bayes.preview.summary import summary_of
 from mergekit_bayes.preview.sweep import Group
@@ -74,7 +76,8 @@ def publish(found: Found, folder: PreviewFolder) -> tuple[dict[str, Any], str]:
         _evaluate_gains(points, scale)
     if found.predictions is not None:
         _predict_gains(found, points)
-    content = _content(found, points, scale, corners)
+    fits = _fit(found, points, scale) if "fitted" in found.recipe.fidelity else None
+    content = _content(found, points, scale, corners, fits)
     folder.write(FRONT_NAME, json.dumps(content, indent=1) + "\n")
     folder.write("points.csv", _table(points, found.recipe.task_names, len(found.recipe.models)))
     _draw(content, folder)
@@ -137,8 +140,32 @@ def _predict_gains(found: Found, points: Sequence[Point]) -> None:
         point.scores["surrogate"], point.gains["surrogate"] = increase, scale.gains(increase)
 
 
+def _fit(found: Found, points: Sequence[Point], scale: Scale | None) -> dict[str, Any]:
+    """Gives every point the score of a polynomial through the evaluated mixes of its method; says how good it is."""
+    about: dict[str, Any] = {}
+    for plan in found.plans:
+        own = [point for point in points if point.method == plan.title]
+        known = {point.mix: point.scores["evaluated"] for point in own if "evaluated" in point.scores}
+        fit = fit_scores([point.mix for point in own], known)
+        if fit is None:
+            about[plan.title] = None
+            continue
+        about[plan.title] = {
+            "fitted_to": fit.fitted_to,
+            "left_out_error": _by_task(fit.error, found.recipe.task_names),
+        }
+        for point, scores in zip(own, fit.scores, strict=True):
+            if scale is not None:
+                point.scores["fitted"], point.gains["fitted"] = scores, scale.gains(scores)
+    return about
+
+
 def _content(
-    found: Found, points: Sequence[Point], scale: Scale | None, corners: tuple[Array, Array] | None
+    found: Found,
+    points: Sequence[Point],
+    scale: Scale | None,
+    corners: tuple[Array, Array] | None,
+    fits: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     recipe, names = found.recipe, found.recipe.task_names
     tiers = [tier for tier in TIERS if any(tier in point.gains for point in points)]
@@ -171,6 +198,8 @@ def _content(
         "tiers": fronts,
         "skipped": _skipped(found),
         "surrogate": _about_predictions(found),
+        "fitted": fits,
+        "references": against_references(recipe, points, scale, tiers),
         "costs": _costs(found, [source_seconds(folder) for folder in folders]),
         "notes": _notes(found, points, scale),
         "points": points_as_data(points, names),
@@ -233,6 +262,8 @@ def _notes(found: Found, points: Sequence[Point], scale: Scale | None) -> list[s
         notes.append(f"{skipped} mixes of the design were not evaluated")
     for task in [] if scale is None else scale.hopeless:
         notes.append(f"{names[task]}: its expert is no better than the base in it, so its scale says little")
+    if "fitted" in found.recipe.fidelity and not any("fitted" in p.gains for p in points):
+        notes.append("too few mixes were evaluated for a quadratic to be fitted")
     if found.groups and scale is None:
         notes.append("base or experts could not be evaluated, so there is no scale that tasks have in common")
     broken = sum(

@@ -32,9 +32,43 @@ def summary_of(content: Mapping[str, Any], folder: str) -> str:
                     lines.append(
                         f"    {word.replace('_', '-'):8} {_described(content['points'][measures[word]], tier)}"
                     )
-    lines += ["", *_costs(content["costs"]), *(f"note: {note}" for note in content["notes"])]
+    lines += [
+        *_fits(content),
+        *_references(content),
+        "",
+        *_costs(content["costs"]),
+        *(f"note: {note}" for note in content["notes"]),
+    ]
     lines.append(f"next: bayes-merge pick {folder} --max-min > recipe.yaml")
     return "\n".join(lines)
+
+
+def _fits(content: Mapping[str, Any]) -> list[str]:
+    """How far fitted scores are off at mixes that were left out."""
+    lines = []
+    for method, fit in (content["fitted"] or {}).items():
+        if fit is not None:
+            errors = ", ".join(
+                f"{task} {'unknown' if e is None else f'{e:.3g}'}" for task, e in fit["left_out_error"].items()
+            )
+            lines.append(f"  {method} fitted to {fit['fitted_to']} mixes; error where left out: {errors}")
+    return lines
+
+
+def _references(content: Mapping[str, Any]) -> list[str]:
+    """How far every tier is from real runs."""
+    lines = []
+    for tier, methods in content["references"].get("tiers", {}).items():
+        for method, report in methods.items():
+            if report["previewed"]:
+                ranks = ", ".join("nan" if each is None else f"{each:.2f}" for each in report["spearman"].values())
+                regret = report["regret"]["max_min"]
+                shown = "unknown" if regret is None else f"{regret:.3f}"
+                lines.append(
+                    f"  {method}, {tier}, against {report['previewed']} reference runs: Spearman {ranks}; regret of "
+                    f"max-min {shown}"
+                )
+    return ["", "reference runs", *lines] if lines else []
 
 
 def _described(point: Mapping[str, Any], tier: str) -> str:

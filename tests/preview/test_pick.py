@@ -26,7 +26,7 @@ def folder(recipe: Recipes, tmp_path: Path) -> Path:
 def picked(text: str) -> tuple[str, list[Any]]:
     from mergekit_bayes.recipe import parse_document
 
-    merge = load_recipe(parse_document(text).data, expect=MergeRecipe, methods=method_schemas())
+    merge = load_recipe(parse_document(text, "picked.yaml").data, expect=MergeRecipe, methods=method_schemas())
     return merge.merge_method, [dict(source.parameters.entries)["weight"] for source in merge.models]
 
 
