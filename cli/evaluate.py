@@ -63,7 +63,7 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
     ] = None,
     max_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens per row.", show_default="1024")] = None,
     max_rows: Annotated[
-        int | None, typer.Option(metavar="N", help="Only the first rows of each file.", show_default="all")
+        int | None, typer.Option(metavar="N", help="Only so many rows of each file, evenly spread.", show_default="all")
     ] = None,
     packing: Annotated[bool, typer.Option("--packing", help="Join texts and cut them into full rows.")] = False,
     batch_size: Annotated[
@@ -89,8 +89,9 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
         "models": [_model(text) for text in models],
         "base_model": base_model,
         "task": task,
-        "data": _given(eval=_sets(data, max_rows), **common),
-        "validation": None if not validation else _given(eval=_sets(validation, None), **common),
+        "data": _given(eval=[{"path": path} for path in data], **common),
+        "max_rows": max_rows,
+        "validation": _given(eval=[{"path": path} for path in validation], **common) if validation else None,
         "samples": _samples(samples, temperature),
         "prune": prune or None,
         "metrics": metric or None,
@@ -137,10 +138,6 @@ def _model(text: str) -> dict[str, str]:
     if not mark or Path(text).exists() or not name or not reference:
         return {"model": text}
     return {"model": reference, "name": name}
-
-
-def _sets(paths: list[str], max_rows: int | None) -> list[dict[str, Any]]:
-    return [_given(path=path, max_rows=max_rows) for path in paths]
 
 
 def _samples(count: int | None, temperature: str | None) -> dict[str, Any] | None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit_bayes.checkpoint.files import shown
-from mergekit_bayes.data import Rows, Task, TrainingData, collate, load_training_data, packing_fault
+from mergekit_bayes.data import IGNORED, Row, Rows, Task, TrainingData, collate, load_training_data, packing_fault
+from mergekit_bayes.data.rows import Encoded, mixture
 from mergekit_bayes.errors import EvaluateError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.model import LoadedModel
     from mergekit_bayes.recipe.evaluation_data import EvaluationDataSpec
 
-__all__ = ["Feed", "check_rows", "read_rows", "target_bytes"]
+__all__ = ["Feed", "check_rows", "read_rows", "spread", "target_bytes"]
 
 _PARTIAL = "\N{REPLACEMENT CHARACTER}"
 
@@ -52,6 +53,33 @@ def read_rows(
     """
     learned = spec.as_learned().model_copy(update={"labels": None if labels is None else tuple(labels)})
     return load_training_data(learned, tokenizer, task=task, recipe_dir=recipe_dir, tables=tables)
+
+
+def spread(rows: Rows, most: int | None) -> Rows:
+    """Returns at most so many rows of every data set, evenly spread over all of them.
+
+    Args:
+        rows: of all data sets.
+        most: of each; None for all.
+    """
+    if most is None or all(len(part) <= most for part in rows.parts):
+        return rows
+    taken = []
+    for part in rows.parts:
+        places = np.unique(np.linspace(part.start, part.stop - 1, min(most, len(part))).round().astype(int))
+        taken.append((part.name, [_encoded(rows[int(place)]) for place in places], None))
+    return mixture(taken, task=rows.task)
+
+
+def _encoded(row: Row) -> Encoded:
+    labels, types, segments = row["labels"], row.get("token_type_ids"), row.get("segments")
+    return Encoded(
+        np.array(row["input_ids"], dtype=np.int32),
+        targets=np.array(labels) != IGNORED if isinstance(labels, list) else None,
+        label=labels if isinstance(labels, int) else None,
+        token_types=None if types is None else np.array(types, dtype=np.int32),
+        segments=None if segments is None else tuple(segments),
+    )
 
 
 def check_rows(rows: Rows, loaded: LoadedModel, name: str) -> None:

@@ -184,6 +184,7 @@ class EvaluateRecipe(Recipe):
         base_model: of adapters that name no other; None for what their configurations name.
         task: what the models do; None for what they say themselves.
         data: rows to evaluate on; every data set has scores of its own.
+        max_rows: evaluate only so many rows of each data set, evenly spread over all of them; None for all.
         validation: rows to choose the temperature of samples on; None without that choice.
         metrics: what is reported; None for all of the task.
         coverage: for `selective_accuracy`, shares of the rows that are kept, those a model is surest of.
@@ -203,6 +204,7 @@ class EvaluateRecipe(Recipe):
     base_model: Annotated[str | None, checked(field.optional(field.text))] = None
     task: Annotated[EvaluatedTask | None, checked(field.optional(_task))] = None
     data: Annotated[EvaluationDataSpec, BeforeValidator(evaluation_data_mapping)]
+    max_rows: Annotated[int | None, checked(field.optional(field.integer(1)))] = None
     validation: Annotated[EvaluationDataSpec | None, BeforeValidator(_data)] = None
     metrics: Annotated[tuple[str, ...] | None, checked(_metrics)] = None
     coverage: Annotated[tuple[float, ...], checked(_shares)] = (0.8,)

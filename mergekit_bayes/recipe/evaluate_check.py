@@ -103,7 +103,6 @@ _MEANT = {
     "num_samples": "`samples.count`",
     "temperature": "`samples.temperature`",
     "max_length": "`data.max_length`",
-    "max_rows": "`max_rows` in an entry of `data.eval`",
     "labels": "`data.labels`",
     "reference": "`baseline`",
     "per_device_eval_batch_size": "`batch_size`",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bayes.data import DatasetReport, Rows, Task
 from mergekit_bayes.errors import DataError
-from mergekit_bayes.evaluate.rows import read_rows, target_bytes
+from mergekit_bayes.evaluate.rows import read_rows, spread, target_bytes
 from mergekit_bayes.evaluate.runner.candidates import Candidate
 from mergekit_bayes.model.tokens import load_tokenizer
 
@@ -89,12 +89,13 @@ class Encodings:
             validation = None if other is None else read_rows(other, tokenizer, labels=labels, **options).train
         except DataError as error:
             raise DataError(f"data for model {candidate.title}: {error}") from error
-        bytes_ = tuple(target_bytes(data.train, tokenizer)) if self.task == "causal_lm" else None
+        rows = spread(data.train, recipe.max_rows)
+        bytes_ = tuple(target_bytes(rows, tokenizer)) if self.task == "causal_lm" else None
         # what the reader says of training rows is said of every data set below, in the words of an evaluation
         notes = tuple(note for note in data.report.notes if not note.startswith("no training row"))
-        notes += tuple(_classes(data.train, labels)) if labels is not None else ()
+        notes += tuple(_classes(rows, labels)) if labels is not None else ()
         pad = tokenizer.pad_token_id
-        return Encoding(identity, data.train, validation, bytes_, pad, data.report.datasets, notes)
+        return Encoding(identity, rows, validation, bytes_, pad, data.report.datasets, notes)
 
 
 def _classes(rows: Rows, labels: Sequence[str]) -> list[str]:
