@@ -20,7 +20,7 @@ from mergekit_bayes.checkpoint.shards import raise_together
 from mergekit_bayes.checkpoint.sidecar import Sidecar, check_sidecar, open_sidecar
 from mergekit_bayes.errors import EvaluateError
 
-__all__ = ["PrecisionSource", "Precisions", "gather_precisions", "read_precisions"]
+__all__ = ["PrecisionSource", "Precisions", "check_sampled", "gather_precisions", "read_precisions"]
 
 PrecisionSource = Mapping[str, Tensor] | Mapping[str, float] | str | os.PathLike[str]
 """Precisions by tensor name, or the path of a sidecar or of its folder"""
@@ -97,7 +97,7 @@ def _read(sidecar: Sidecar) -> dict[str, Tensor]:
 
 def _from_disk(path: Path) -> Precisions:
     sidecar = open_sidecar(path)
-    _check_sampled(sidecar)
+    check_sampled(sidecar)
     described = _means_beside(sidecar.path.parent)
     if described:
         print_ = fingerprint(described)
@@ -105,7 +105,12 @@ def _from_disk(path: Path) -> Precisions:
     return Precisions(shown(sidecar.path), _read(sidecar), sidecar, described)
 
 
-def _check_sampled(sidecar: Sidecar) -> None:
+def check_sampled(sidecar: Sidecar) -> None:
+    """Checks that samples can be drawn from precisions of this kind.
+
+    Raises:
+        EvaluateError: they have factors, or are of the updates that an adapter makes.
+    """
     metadata = sidecar.metadata
     if metadata.family != "diagonal" or metadata.space == "product":
         seen = f"{shown(sidecar.path)}: family {metadata.family}, space {metadata.space}"

@@ -11,9 +11,10 @@ from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.provenance import read_provenance
 from mergekit_bayes.checkpoint.reference import parse_reference, resolve
-from mergekit_bayes.checkpoint.sidecar import find_sidecar, open_sidecar
+from mergekit_bayes.checkpoint.sidecar import check_sidecar, find_sidecar, open_sidecar
 from mergekit_bayes.data import Task
 from mergekit_bayes.errors import EvaluateError, MergekitBayesError, ModelError, PlanError, RecipeError
+from mergekit_bayes.evaluate.precisions import check_sampled
 from mergekit_bayes.model.trained import Trained, open_trained
 from mergekit_bayes.recipe.evaluate import METRICS, EvaluatedSpec, EvaluateRecipe, SamplesSpec
 
@@ -137,16 +138,37 @@ def _joined(name: str, revision: str | None) -> str:
     return name if revision is None else f"{name}@{revision}"
 
 
-def _no_precision(recipe: EvaluateRecipe, found: Sequence[Candidate]) -> Iterator[EvaluateError]:
+def _no_precision(recipe: EvaluateRecipe, found: Sequence[Candidate]) -> Iterator[MergekitBayesError]:
+    """Reasons why a model cannot be sampled or pruned, before hours went into its mean."""
     for candidate in found:
         asked = "samples" if candidate.samples is not None else "prune" if recipe.prune else None
-        if asked is not None and candidate.sidecar is None:
+        if asked is None:
+            continue
+        if candidate.sidecar is not None:
+            yield from _unfit(candidate.trained, candidate.sidecar)
+        else:
             advice = "`samples: false` for this model" if asked == "samples" else "no `prune`"
             yield EvaluateError(
                 f"model {shown(candidate.title)}: has no precision sidecar, which `{asked}` needs; expected "
                 f"precision.safetensors beside the weights, a path as `precision`, or {advice}. A recipe of kind "
                 "`precision` estimates one"
             )
+
+
+def _unfit(trained: Trained, path: Path) -> Iterator[MergekitBayesError]:
+    sidecar = open_sidecar(path)
+    try:
+        check_sampled(sidecar)
+    except EvaluateError as error:
+        yield error
+        return
+    yield from check_sidecar(
+        sidecar,
+        mean_tensors=trained.tensors,
+        mean_fingerprint=trained.fingerprint,
+        base_fingerprint=trained.base[1],
+        adapter=trained.adapter,
+    )
 
 
 def _common_task(recipe: EvaluateRecipe, tasks: Mapping[str, Task | None]) -> Task:

@@ -66,6 +66,7 @@ class Encodings:
     recipe_dir: Path | None
     tables: Tables | None
     _known: dict[tuple[str, tuple[str, ...] | None], Encoding] = field(default_factory=dict)
+    _by_title: dict[str, Encoding] = field(default_factory=dict)
 
     def of(self, candidate: Candidate) -> Encoding:
         """The data as a model reads them.
@@ -74,11 +75,13 @@ class Encodings:
             DataError: they cannot be read, or have labels that the model does not know.
             ModelError: the model has no tokenizer.
         """
-        tokenizer = load_tokenizer(candidate.trained.checkpoint.folder, reference=candidate.base)
-        key = (tokenizer_identity(tokenizer), candidate.labels)
-        if key not in self._known:
-            self._known[key] = self._read(key[0], tokenizer, candidate)
-        return self._known[key]
+        if candidate.title not in self._by_title:
+            tokenizer = load_tokenizer(candidate.trained.checkpoint.folder, reference=candidate.base)
+            key = (tokenizer_identity(tokenizer), candidate.labels)
+            if key not in self._known:
+                self._known[key] = self._read(key[0], tokenizer, candidate)
+            self._by_title[candidate.title] = self._known[key]
+        return self._by_title[candidate.title]
 
     def _read(self, identity: str, tokenizer: Any, candidate: Candidate) -> Encoding:
         options: dict[str, Any] = {"task": self.task, "recipe_dir": self.recipe_dir, "tables": self.tables}

@@ -87,7 +87,18 @@ def test_a_sidecar_of_other_weights(llama: Path, tuned: Path, tmp_path: Path) ->
     path = tmp_path / "moved" / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     with pytest.raises(MergekitBayesError, match="fingerprint"):
-        run(recipe([tmp_path / "moved"], samples=2))
+        run(recipe([tmp_path / "moved"], samples=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert run(recipe([tmp_path / "moved"])).results, "its mean can be evaluated"
+
+
+def test_precisions_that_have_no_samples_yet(llama: Path, tuned: Path, tmp_path: Path) -> None:
+    from mergekit_bayes.estimate.run import estimate_precision
+
+    asked = {"kind": "precision", "model": str(llama), "adapter": str(tuned), "data": {"train": "texts"}}
+    estimate_precision({**asked, "estimator": "kfac", "num_examples": 4}, tmp_path / "kfac", tables=TABLES)
+    found = refusal_of(recipe([{"model": str(tuned), "precision": str(tmp_path / "kfac")}], samples=2))
+    assert "family kronecker, space product; expected a diagonal precision of the parameters themselves" in found
 
 
 def test_rows_that_a_model_has_no_place_for(bert: Path) -> None:
