@@ -88,6 +88,7 @@ class Packages:
         rows: by task and part (`train`, `tuning`, `test`).
         folder: the encoder with its tokenizer.
         batch: rows of a training batch.
+        limits: at most so many rows of tuning and of test data per task.
     """
 
     name = "packages"
@@ -95,13 +96,19 @@ class Packages:
     lora_layers = LAYERS
 
     def __init__(
-        self, rows: Mapping[str, Mapping[str, Sequence[Row]]], *, folder: Path | None = None, batch: int = 16
+        self,
+        rows: Mapping[str, Mapping[str, Sequence[Row]]],
+        *,
+        folder: Path | None = None,
+        batch: int = 16,
+        limits: tuple[int, int] = (96, 256),
     ) -> None:
         from transformers import AutoTokenizer
 
         self.folder, self.batch = folder or encoder_folder(), batch
         self.tasks = tuple(rows)
         self._rows = rows
+        self._limits = dict(zip(("tuning", "test"), limits, strict=True))
         self._labels = {task: sorted({row.section for row in parts["train"]}) for task, parts in rows.items()}
         self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
 
@@ -137,7 +144,7 @@ class Packages:
         return len(self._rows[task]["train"])
 
     def held_out(self, task: str, part: str) -> Sequence[Batch]:
-        rows = sorted(self._rows[task][part], key=lambda row: (len(row.text), row.text))
+        rows = sorted(self._rows[task][part][: self._limits[part]], key=lambda row: (len(row.text), row.text))
         return [self._encode(task, rows[start : start + 32]) for start in range(0, len(rows), 32)]
 
     def _encode(self, task: str, rows: Sequence[Row]) -> Batch:

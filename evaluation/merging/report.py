@@ -14,14 +14,28 @@ WAYS = {"full": "full fine-tuning", "lora": "LoRA, r = 8"}
 
 
 def tables(results: Results) -> str:
-    """Every family and way of training: scores, then differences, then what was tuned."""
-    parts = []
+    """An overview; then every family and way of training: scores, differences, and what was tuned."""
+    parts = [overview(results)]
     for family, found in sorted(results.items()):
         for mode, way in WAYS.items():
             if mode in found:
                 parts += [f"### {family}, {way}", _normalised(found[mode]), _raw(found[mode])]
                 parts += [_differences(found[mode]), _knobs(found[mode])]
     return "\n\n".join(parts)
+
+
+def overview(results: Results) -> str:
+    """One column per family and way of training: the average, and the share of the way to joint training."""
+    columns = {
+        f"{family}, {mode}": found[mode] for family, found in sorted(results.items()) for mode in WAYS if mode in found
+    }
+    names = max((list(found["rows"]) for found in columns.values()), key=len)
+    rows = [[name, *(_short(found["rows"].get(name)) for found in columns.values())] for name in names]
+    return _table(["average (way to joint)", *columns], rows)
+
+
+def _short(row: Results | None) -> str:
+    return "-" if row is None else f"{row['average']:.2f} ({row['way_to_joint']:+.2f})"
 
 
 def _normalised(found: Results) -> str:
@@ -90,11 +104,11 @@ def figure(name: str, found: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     modes = [mode for mode in WAYS if mode in found]
-    rows = list(found[modes[0]]["rows"])
+    rows = list(max((found[mode]["rows"] for mode in modes), key=len))  # no way of training has a row of its own
     size = (4.2 * len(modes) + 1, 0.8 + 0.3 * len(rows))
     drawing, axes = pyplot.subplots(1, len(modes), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axis, mode in zip(axes[0], modes, strict=True):
-        _dots(axis, found[mode]["rows"])
+        _dots(axis, found[mode]["rows"], rows)
         axis.set_title(f"{name}, {WAYS[mode]}", fontsize=9)
     axes[0][0].set_yticks(range(len(rows)), rows, fontsize=8)
     axes[0][0].invert_yaxis()
@@ -102,9 +116,10 @@ def figure(name: str, found: Results, path: Path) -> None:
     pyplot.close(drawing)
 
 
-def _dots(axis: Any, rows: Results) -> None:
+def _dots(axis: Any, rows: Results, names: Sequence[str]) -> None:
     lowest = rows["linear"]["average"] - 0.6
-    for place, row in enumerate(rows.values()):
+    for name, row in rows.items():
+        place = names.index(name)
         shown = [max(value, lowest) for value in row["seeds"]]
         axis.plot(shown, [place] * len(shown), "o", color="C0", alpha=0.5, ms=4)
         axis.plot(max(row["average"], lowest), place, "|", color="C0", ms=13, mew=2)

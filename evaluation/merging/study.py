@@ -25,7 +25,7 @@ import torch
 
 from evaluation.merging.experts import FINAL, JOINT, Experts, Place, encoder_tensors, load_experts, with_heads
 from evaluation.merging.family import Family, put
-from evaluation.merging.methods import METHODS, Method, Source, merge
+from evaluation.merging.methods import Method, Source, merge, methods_of
 from evaluation.merging.precisions import ROWS, curvature
 from evaluation.merging.report import figure, tables
 from evaluation.merging.scoring import score, score_task
@@ -37,6 +37,7 @@ PAIRS = (
     ("linear", "hessian_weighted"),
     ("hessian_weighted", "mixture"),
     ("hessian_weighted", "gram"),
+    ("hessian_weighted", "gram, fisher elsewhere"),
     ("hessian_weighted", "kronecker"),
     ("gram", "kronecker"),
     ("task arithmetic, 1.0", "gradient_matching"),
@@ -50,15 +51,16 @@ PAIRS = (
 
 def study(family: Family, root: Path, mode: str, seeds: Sequence[int]) -> dict[str, Any]:
     """All rows of one family and one way of training, as plain data."""
+    methods = methods_of(family.name, mode)
     places = [Place(root, family.name, mode, seed) for seed in seeds]
-    chosen = {name: tune(family, places[0], name, method) for name, method in METHODS.items()}
+    chosen = {name: tune(family, places[0], name, method) for name, method in methods.items()}
     runs: dict[str, list[dict[str, list[float]]]] = {}
     for place in places:
         for row, scores in {**anchors(family, place, "test"), "joint training": joint(family, place)}.items():
             runs.setdefault(row, []).append(scores)
-        for name, method in METHODS.items():
+        for name, method in methods.items():
             runs.setdefault(name, []).append(scored(family, place, name, method, chosen[name][0], "test"))
-    order = ["base", *METHODS, "joint training", "experts"]
+    order = ["base", *methods, "joint training", "experts"]
     found = summary({row: runs[row] for row in order})
     return {
         "tasks": list(family.tasks),
@@ -68,7 +70,7 @@ def study(family: Family, root: Path, mode: str, seeds: Sequence[int]) -> dict[s
         "precision_rows": ROWS.get(family.name),
         "schedule": vars(SCHEDULES.get((family.name, mode))) if (family.name, mode) in SCHEDULES else None,
         "knobs": {
-            name: {"knob": METHODS[name].knob, "chosen": best, "tried": tried} for name, (best, tried) in chosen.items()
+            name: {"knob": methods[name].knob, "chosen": best, "tried": tried} for name, (best, tried) in chosen.items()
         },
         "rows": found,
         "differences": differences(found, PAIRS),
@@ -142,8 +144,8 @@ def components(family: Family, place: Place, method: Method, experts: Experts) -
         parts = []
         for when in method.components:
             means = (experts.final if when == FINAL else experts.half)[task]
-            estimated = curvature(family, place, task, method.estimator, when=when) if method.estimator else None
-            parts.append(Source(means, estimated))
+            estimates = [curvature(family, place, task, name, when=when) for name in method.estimators]
+            parts.append(Source(means, {name: value for each in estimates for name, value in each.items()} or None))
         found.append(parts)
     return found
 
