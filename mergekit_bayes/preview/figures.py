@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,9 @@ def draw(content: Mapping[str, Any], path: Path, *, suffix: str) -> None:
 
     tier = next((tier for tier in TIERS if tier in content["tiers"]), None)
     tasks = [task["name"] for task in content["tasks"]]
-    figure = Figure(figsize=(9, 6.2) if len(tasks) == 3 else (6.4, 4.8), dpi=110, layout="constrained")
+    # maps over the simplex have their places: to let matplotlib find them takes seconds
+    layout: Literal["constrained"] | None = None if len(tasks) == 3 else "constrained"
+    figure = Figure(figsize=(9, 6.2) if len(tasks) == 3 else (6.4, 4.8), dpi=110, layout=layout)
     FigureCanvasAgg(figure)
     if tier is None:
         figure.text(0.5, 0.5, "nothing was evaluated", ha="center")
@@ -77,8 +79,9 @@ def _curves(axes: Any, content: Mapping[str, Any], tier: str, pair: tuple[int, i
             axes.plot(*gains[best][order].T, color=style["color"], linewidth=1, alpha=0.6)
     _marks(axes, content, tier, pair)
     words = _WORDS[tier]
-    axes.set_xlabel(f"{chosen[0]}{words}: 0 base, 1 expert")
-    axes.set_ylabel(f"{chosen[1]}{words}")
+    axes.set_xlabel(f"{chosen[0]}{words}: 0 base, 1 expert", fontsize=9)
+    axes.set_ylabel(f"{chosen[1]}{words}", fontsize=9, labelpad=1)
+    axes.tick_params(labelsize=8)
     axes.grid(visible=True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -119,19 +122,22 @@ def _three(figure: Any, content: Mapping[str, Any], tier: str) -> None:
     method = max(content["tiers"][tier]["methods"].items(), key=lambda item: item[1]["hypervolume"])[0]
     points = [point for point in _points(content, method, tier) if abs(sum(point["weights"]) - 1) < 1e-9]
     mapped = len(content["models"]) == 3 and len(points) >= 4
-    below = figure
+    for column, task in enumerate(tasks if mapped else []):
+        axes = figure.add_axes((0.05 + 0.325 * column, 0.6, 0.19, 0.28), projection="ternary")
+        bar = figure.add_axes((0.27 + 0.325 * column, 0.7, 0.01, 0.18))
+        _map(axes, bar, content, points, tier, task)
+    top = 0.5 if mapped else 0.95
+    for column, pair in enumerate(((0, 1), (1, 2), (2, 0))):
+        _curves(figure.add_axes((0.085 + 0.325 * column, 0.15, 0.23, top - 0.15)), content, tier, pair)
     if mapped:
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
-        for column, task in enumerate(tasks):
-            _map(above.add_subplot(1, 3, column + 1, projection="ternary"), content, points, tier, task)
         title = f"{method}: share of each expert's gain{_WORDS[tier]} over the weights; below, all mixes"
-        above.suptitle(title, fontsize=10)
-    for axes, pair in zip(below.subplots(1, 3), ((0, 1), (1, 2), (2, 0)), strict=True):
-        _curves(axes, content, tier, pair)
-    _legend(below)
+        figure.suptitle(title, fontsize=10)
+    _legend(figure)
 
 
-def _map(axes: Any, content: Mapping[str, Any], points: Sequence[Mapping[str, Any]], tier: str, task: str) -> None:
+def _map(
+    axes: Any, beside: Any, content: Mapping[str, Any], points: Sequence[Mapping[str, Any]], tier: str, task: str
+) -> None:
     weights = np.array([point["weights"] for point in points]).T
     values = _gains(points, tier, [task])[:, 0]
     known = np.isfinite(values)
@@ -147,8 +153,10 @@ def _map(axes: Any, content: Mapping[str, Any], points: Sequence[Mapping[str, An
     axes.set_tlabel(f"all {names[0]}", fontsize=8)
     axes.set_llabel(f"all {names[1]}", fontsize=8)
     axes.set_rlabel(f"all {names[2]}", fontsize=8)
+    for axis in (axes.taxis, axes.laxis, axes.raxis):
+        axis.set_ticks([0.0, 0.5, 1.0])
     axes.tick_params(labelsize=6)
-    bar = axes.figure.colorbar(filled, ax=axes, shrink=0.6, pad=0.16)
+    bar = axes.figure.colorbar(filled, cax=beside)
     bar.set_label(f"gain in {task}", fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
