@@ -63,7 +63,9 @@ class MergeResult:
             lines.append(f"  curvature of {label}: divided by {divisor:.4g} to be as large as the others' on average")
         for label, gap in self.report["mismatch"].items():
             unit = f" ({gap['per_unit']:.3g} per training unit)" if gap["per_unit"] is not None else ""
-            lines.append(f"  predicted loss increase of {label}: {gap['total']:.4g}{unit}")
+            layer, cost = max(gap["by_layer"].items(), key=lambda item: float(item[1]))
+            most = f", most in {layer} ({cost / gap['total']:.0%})" if gap["total"] > 0 else ""
+            lines.append(f"  predicted loss increase of {label}: {gap['total']:.4g}{unit}{most}")
         for label, share in self.report["responsibilities"].items():
             lines.append(f"  share of {label} in its task: {share:.3g} on average over the tensors")
         for key, worst in self.report["largest"].items():

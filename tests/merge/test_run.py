@@ -291,7 +291,12 @@ def test_the_report_says_what_went_in_and_what_it_costs(recipe: Recipe, tmp_path
         gap = report["mismatch"][source["model"]]
         assert gap["total"] == pytest.approx(sum(gap["by_layer"].values()))
         assert gap["per_unit"] == pytest.approx(gap["total"] / (10 * (index + 1)))
-    assert f"predicted loss increase of {recipe['models'][0]['model']}" in result.summary()
+    gap = report["mismatch"][recipe["models"][0]["model"]]
+    worst, cost = max(gap["by_layer"].items(), key=lambda item: item[1])
+    assert (
+        f"predicted loss increase of {recipe['models'][0]['model']}: {gap['total']:.4g} "
+        f"({gap['per_unit']:.3g} per training unit), most in {worst} ({cost / gap['total']:.0%})"
+    ) in result.summary()
 
 
 def test_a_process_that_does_not_lead_has_nothing_to_say() -> None:
