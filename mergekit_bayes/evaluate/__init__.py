@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from mergekit_bayes.evaluate.attach import AttachedPosterior, attach_posterior
-from mergekit_bayes.evaluate.bootstrap import Interval, paired_interval
+from mergekit_bayes.evaluate.bootstrap import Interval, paired_interval, paired_intervals
 from mergekit_bayes.evaluate.classes import ClassPrediction, predict_probabilities
 from mergekit_bayes.evaluate.precisions import read_precisions
 from mergekit_bayes.evaluate.pruning import Pruning, prune_posterior
@@ -51,6 +51,7 @@ __all__ = [
     "choose_temperature",
     "class_scores",
     "paired_interval",
+    "paired_intervals",
     "predict_next_tokens",
     "predict_probabilities",
     "prune_posterior",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,12 @@ from torch import Tensor
 from mergekit_bayes.errors import EvaluateError
 from mergekit_bayes.evaluate.scores import Score
 
-__all__ = ["Interval", "paired_interval"]
+__all__ = ["Interval", "paired_interval", "paired_intervals"]
+
+Scores: TypeAlias = Score | Sequence[Score]
+"""A score, or the same score of several runs"""
+
+K = TypeVar("K", bound=Hashable)
 
 _CHUNK = 1 << 22  # counts held at once
 _ONE = torch.ones(1, 1, dtype=torch.float64)
@@ -45,8 +51,8 @@ class Interval:
 
 
 def paired_interval(
-    first: Score | Sequence[Score],
-    second: Score | Sequence[Score],
+    first: Scores,
+    second: Scores,
     *,
     groups: Tensor | None = None,
     level: float = 0.95,
@@ -73,8 +79,32 @@ def paired_interval(
         EvaluateError: numbers of examples that differ, fewer than two units, an impossible level or number of
             resamples.
     """
-    firsts, seconds = _several(first), _several(second)
-    lengths = {len(score.parts) for score in (*firsts, *seconds)}
+    pairs = {"": (first, second)}
+    return paired_intervals(pairs, groups=groups, level=level, resamples=resamples, seed=seed)[""]
+
+
+def paired_intervals(
+    pairs: Mapping[K, tuple[Scores, Scores]],
+    *,
+    groups: Tensor | None = None,
+    level: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> dict[K, Interval]:
+    """The intervals of many differences, each that of `paired_interval`, from one and the same resamples.
+
+    Args:
+        pairs: what is compared with what, all on the same examples.
+        groups: as for `paired_interval`.
+        level: coverage of each.
+        resamples: how many.
+        seed: of the resampling.
+
+    Raises:
+        EvaluateError: as `paired_interval`.
+    """
+    known = {key: (_several(first), _several(second)) for key, (first, second) in pairs.items()}
+    lengths = {len(score.parts) for both in known.values() for scores in both for score in scores}
     if len(lengths) != 1 or not (groups is None or set(groups.shape) == lengths):
         seen = f"interval: scores of {sorted(lengths)} examples"
         raise EvaluateError(f"{seen}; expected the same examples in all, and a group for each where there are groups")
@@ -84,16 +114,22 @@ def paired_interval(
     if len(sizes) < 2:
         raise EvaluateError(f"interval: {len(sizes)} independent units; expected two or more to resample")
 
-    def difference(counts: Tensor) -> Tensor:
-        return _average_score(seconds, counts, sizes, places) - _average_score(firsts, counts, sizes, places)
+    def differences(counts: Tensor) -> dict[K, Tensor]:
+        return {
+            key: _average_score(seconds, counts, sizes, places) - _average_score(firsts, counts, sizes, places)
+            for key, (firsts, seconds) in known.items()
+        }
 
-    observed = float(difference(torch.ones(1, len(sizes), dtype=torch.float64)))
-    replicates = torch.cat([difference(counts) for counts in _resampled_counts(len(sizes), resamples, seed)])
-    low, high = _corrected(replicates, observed, level)
-    return Interval(observed, low, high, level, len(sizes), resamples)
+    observed = differences(torch.ones(1, len(sizes), dtype=torch.float64))
+    drawn = [differences(counts) for counts in _resampled_counts(len(sizes), resamples, seed)]
+    found = {}
+    for key, value in observed.items():
+        low, high = _corrected(torch.cat([each[key] for each in drawn]), float(value), level)
+        found[key] = Interval(float(value), low, high, level, len(sizes), resamples)
+    return found
 
 
-def _several(score: Score | Sequence[Score]) -> Sequence[Score]:
+def _several(score: Scores) -> Sequence[Score]:
     return (score,) if isinstance(score, Score) else score
 
 

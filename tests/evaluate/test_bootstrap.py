@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import EvaluateError
-from mergekit_bayes.evaluate import Score, calibration_gaps, paired_interval
+from mergekit_bayes.evaluate import Score, calibration_gaps, paired_interval, paired_intervals
 
 
 def average(values: Tensor) -> Score:
@@ -141,3 +141,32 @@ def test_it_depends_on_the_seed_alone() -> None:
 def test_bad_input_is_refused(sizes: tuple[int, int], options: dict[str, object], message: str) -> None:
     with pytest.raises(EvaluateError, match=message):
         paired_interval(*(average(torch.ones(size)) for size in sizes), **options)
+
+
+def test_many_differences_are_those_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(4)
+    scores = [average(torch.rand(60, generator=generator)) for _ in range(3)]
+    scores.append(calibration(torch.rand(60, generator=generator), torch.rand(60, generator=generator) < 0.5))
+    pairs = {(i, j): (scores[i], scores[j]) for i in range(4) for j in range(i)}
+    found = paired_intervals(pairs, resamples=300, seed=7)
+    assert found == {key: paired_interval(*pair, resamples=300, seed=7) for key, pair in pairs.items()}
+    with pytest.raises(EvaluateError, match=r"scores of \[60, 61\] examples"):
+        paired_intervals({**pairs, (9, 9): (average(torch.rand(61)), average(torch.rand(61)))})
+
+
+def test_coverage_of_a_difference_of_losses_per_token_of_rows() -> None:
+    """Rows of many and of few tokens, which two models find hard or easy together: a loss is a ratio of two sums."""
+    generator = torch.Generator().manual_seed(8)
+    true, runs, hits = 0.05, 300, 0
+
+    def loss(nats: Tensor, tokens: Tensor) -> Score:
+        return Score("loss", torch.stack([nats, tokens], -1), lambda averages: averages[..., 0] / averages[..., 1])
+
+    for run in range(runs):
+        tokens = (5 + 200 * torch.rand(80, generator=generator, dtype=torch.float64) ** 3).round()
+        hard = 2 + 0.5 * torch.randn(80, generator=generator, dtype=torch.float64)
+        better = hard - true + 0.2 * torch.randn(80, generator=generator, dtype=torch.float64)
+        found = paired_interval(loss(hard * tokens, tokens), loss(better * tokens, tokens), resamples=400, seed=run)
+        hits += found.low <= -true <= found.high
+    # 95 % of 300 runs, less what few effective rows take and three standard errors
+    assert 0.89 <= hits / runs <= 0.985

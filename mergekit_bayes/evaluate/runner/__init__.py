@@ -9,7 +9,7 @@
     store.py            blocks that are known already: of an earlier run, of another process
     scores.py           rows to scores, and to intervals between models
     outcome.py          numbers of one model with what they are to be read with
-    results.py          everything found, as plain data (reliability.py)
+    results.py          everything found, as plain data (intervals.py, reliability.py)
     table.py, pictures.py, progress.py, describe.py     what is seen of it
     run.py              from a recipe to a folder
 

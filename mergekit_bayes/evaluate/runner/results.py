@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_bayes.data import Part, Task
-from mergekit_bayes.evaluate.bootstrap import paired_interval
+from mergekit_bayes.evaluate.runner.intervals import Ends, Key, intervals_of
 from mergekit_bayes.evaluate.runner.outcome import Outcome, comparable
 from mergekit_bayes.evaluate.runner.reliability import reliability
 from mergekit_bayes.evaluate.runner.scores import nothing, prediction_of, row_scores
@@ -36,6 +36,7 @@ def results_of(recipe: EvaluateRecipe, task: Task, outcomes: Sequence[Outcome]) 
     metrics = recipe.metrics or METRICS[task]
     scores = {outcome.title: _scores(recipe, metrics, outcome) for outcome in outcomes}
     baseline = next(o for o in outcomes if o.candidate.title == recipe.baseline_title)
+    ends = intervals_of(recipe, dict(_pairs(scores, baseline, outcomes)))
     first = outcomes[0].encoding
     content: dict[str, Any] = {
         "format": FORMAT,
@@ -47,11 +48,9 @@ def results_of(recipe: EvaluateRecipe, task: Task, outcomes: Sequence[Outcome]) 
         "seed": recipe.seed,
         "data": [_data(outcomes, index, part) for index, part in enumerate(first.rows.parts)],
         "models": {outcome.title: _model(outcome) for outcome in outcomes},
-        "scores": {title: _with_intervals(recipe, found) for title, found in scores.items()},
+        "scores": {title: _values(found, title, ends) for title, found in scores.items()},
         "differences": {
-            outcome.title: _differences(recipe, scores, baseline, outcome)
-            for outcome in outcomes
-            if outcome is not baseline
+            title: _differences(scores, baseline.title, title, ends) for title in scores if title != baseline.title
         },
         "notes": list(dict.fromkeys(_notes(outcomes, baseline))),
         "versions": versions(),
@@ -115,37 +114,38 @@ def _model(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _with_intervals(recipe: EvaluateRecipe, found: Mapping[str, Mapping[str, Score]]) -> dict[str, Any]:
+def _pairs(scores: Scores, baseline: Outcome, outcomes: Sequence[Outcome]) -> Iterator[tuple[Key, tuple[Score, Score]]]:
+    """Every score beside nothing, and beside that of the baseline where the two can be compared."""
+    of_baseline = scores[baseline.title]
+    for outcome in outcomes:
+        for data, own in scores[outcome.title].items():
+            for name, score in own.items():
+                yield ("score", outcome.title, data, name), (nothing(score), score)
+                if outcome is not baseline and name in of_baseline[data] and comparable(baseline, outcome, name):
+                    yield ("difference", outcome.title, data, name), (of_baseline[data][name], score)
+
+
+def _values(found: Mapping[str, Mapping[str, Score]], title: str, ends: Mapping[Key, Ends]) -> dict[str, Any]:
     return {
-        data: {name: {"value": score.value, **_interval(recipe, nothing(score), score)} for name, score in own.items()}
+        data: {name: {"value": score.value, **ends["score", title, data, name]} for name, score in own.items()}
         for data, own in found.items()
     }
 
 
-def _differences(recipe: EvaluateRecipe, scores: Scores, baseline: Outcome, outcome: Outcome) -> dict[str, Any]:
+def _differences(scores: Scores, baseline: str, title: str, ends: Mapping[Key, Ends]) -> dict[str, Any]:
     """How much a model's scores are above those of the baseline, where the two can be compared."""
     return {
         data: {
             name: {
-                "difference": score.value - scores[baseline.title][data][name].value,
+                "difference": score.value - scores[baseline][data][name].value,
                 "higher_is_better": score.higher_is_better,
-                **_interval(recipe, scores[baseline.title][data][name], score),
+                **ends["difference", title, data, name],
             }
             for name, score in own.items()
-            if comparable(baseline, outcome, name) and name in scores[baseline.title][data]
+            if ("difference", title, data, name) in ends
         }
-        for data, own in scores[outcome.title].items()
+        for data, own in scores[title].items()
     }
-
-
-def _interval(recipe: EvaluateRecipe, first: Score, second: Score) -> dict[str, float | None]:
-    """Ends of a bootstrap interval; none for a single row, or scores that are not finite."""
-    if len(first.parts) < 2 or not (math.isfinite(first.value) and math.isfinite(second.value)):
-        return {"low": None, "high": None}
-    found = paired_interval(
-        first, second, level=recipe.intervals.level, resamples=recipe.intervals.resamples, seed=recipe.seed
-    )
-    return {"low": found.low, "high": found.high}
 
 
 def _reliability(recipe: EvaluateRecipe, outcome: Outcome) -> dict[str, Any]:
