@@ -7,7 +7,8 @@
     tasks.py                        the data of the tasks, tokenised and batched once, and scores on it
     stacked.py, in_place.py         several mixes of adapters in one forward pass; one mix merged into a model in memory
     evaluators.py, cache.py         evaluating by the fastest way there is, and never twice
-    sweep.py, progress.py           what is evaluated, in which order, by which process
+    sweep.py, evaluation.py         what is evaluated, in which order, by which process; adaptive.py: where next
+    progress.py                     how far it is
     front.py, results.py            what is dominated, hypervolume, knee, max-min; points as data
     polynomial.py                   polynomials of the weights, fitted to scores
     figures.py, summary.py, costs.py, publish.py, folder.py     what is written and shown

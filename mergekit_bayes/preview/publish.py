@@ -18,7 +18,7 @@ from mergekit_bayes.preview.fitted import fit_scores
 from mergekit_bayes.preview.folder import FRONT_NAME, PreviewFolder
 from mergekit_bayes.preview.plans import MethodPlan
 from mergekit_bayes.preview.references import against_references
-from mergekit_bayes.preview.results import TIERS, Array, Point, Scale, front_of, number, points_as_data
+from mergekit_bayes.preview.results import TIERS, Array, Point, Scale, front_of, number, points_as_data, scores_of
 from mergekit_bayes.preview.summary import summary_of
 from mergekit_bayes.preview.sweep import Group
 from mergekit_bayes.recipe.preview import PreviewRecipe
@@ -95,7 +95,7 @@ def _points(found: Found) -> tuple[list[Point], tuple[Array, Array] | None]:
             record = found.records.get(key)
             if record is None:
                 continue
-            scores = np.array([_score(record, task) for task in _named(found.recipe)], dtype=np.float64)
+            scores = scores_of(found.recipe, record)
             if group.needed:
                 corners[mix] = scores
                 continue
@@ -107,16 +107,6 @@ def _points(found: Found) -> tuple[list[Point], tuple[Array, Array] | None]:
     if not all(mix in corners for mix in wanted):
         return list(by_place.values()), None
     return list(by_place.values()), (corners[wanted[0]], np.stack([corners[mix] for mix in wanted[1:]]))
-
-
-def _named(recipe: PreviewRecipe) -> list[tuple[str, str]]:
-    return [(name, task.metric) for name, task in zip(recipe.task_names, recipe.tasks, strict=True)]
-
-
-def _score(record: Mapping[str, Any], task: tuple[str, str]) -> float:
-    name, metric = task
-    value = record.get("scores", {}).get(name, {}).get(metric)
-    return float("nan") if value is None else float(value)
 
 
 def _own(found: Found, experts: Array) -> Array:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from mergekit_bayes.preview import front
 from mergekit_bayes.preview.design import Mix
+from mergekit_bayes.recipe.preview import PreviewRecipe
 
-__all__ = ["TIERS", "Point", "Scale", "front_of", "points_as_data"]
+__all__ = ["TIERS", "Point", "Scale", "front_of", "points_as_data", "scores_of"]
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -69,6 +70,14 @@ class Scale:
         """Tasks whose expert is no better than the base, so that the scale says little."""
         turned = [front.oriented(each, self.higher_is_better) for each in (self.base, self.experts)]
         return [int(index) for index in np.flatnonzero(~(turned[1] > turned[0]))]
+
+
+def scores_of(recipe: PreviewRecipe, record: Mapping[str, Any] | None) -> Array:
+    """The scores of an evaluated mix in the metrics of the tasks, shape (tasks,); NaN where there are none."""
+    found = {} if record is None else record.get("scores", {})
+    named = zip(recipe.task_names, recipe.tasks, strict=True)
+    values = [found.get(name, {}).get(task.metric) for name, task in named]
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def front_of(points: Sequence[Point], tier: str, tasks: Sequence[str]) -> dict[str, Any]:

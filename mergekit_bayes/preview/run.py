@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mergekit_bayes.errors import RecipeError
 from mergekit_bayes.finetune.interrupt import StopRequest, stop_on_signals
@@ -21,21 +18,17 @@ from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.designs import mixes_of
 from mergekit_bayes.preview.folder import PreviewFolder
 from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods
-from mergekit_bayes.preview.progress import follow
 from mergekit_bayes.preview.publish import Found, publish
-from mergekit_bayes.preview.sweep import Group, groups_of, in_turns, run_groups, within_budget
+from mergekit_bayes.preview.sweep import Group
 from mergekit_bayes.recipe import load_recipe
-from mergekit_bayes.recipe.preview import MethodSpec, PreviewRecipe
+from mergekit_bayes.recipe.preview import PreviewRecipe
 
 if TYPE_CHECKING:
     from mergekit_bayes.data.read import Tables
-    from mergekit_bayes.preview.evaluators import Evaluator, Ground
+    from mergekit_bayes.preview.evaluators import Evaluator
     from mergekit_bayes.preview.predict import Predictions
 
 __all__ = ["PreviewResult", "preview"]
-
-CORNERS = "corners"
-"""Title of the method that gives the base and the experts themselves."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +127,6 @@ def _check_evaluators(recipe: PreviewRecipe, evaluators: Mapping[str, Evaluator]
         raise RecipeError(f"evaluators: {unknown[0]} is no task; there are {', '.join(recipe.task_names)}")
 
 
-def corner_spec(recipe: PreviewRecipe) -> MethodSpec:
-    """The method whose mixes are the base, at zero, and the experts, each alone."""
-    space = "full" if recipe.space == "full" else None
-    return MethodSpec.model_construct(merge_method="task_arithmetic", name=CORNERS, space=space)
-
-
 @dataclass
 class _Run:
     """One preview, from plans to files."""
@@ -156,8 +143,7 @@ class _Run:
         """Does everything, and writes what there is also when it is stopped."""
         mixes = mixes_of(self.recipe)
         predictions = self._predict(mixes) if self.processes.leader else None
-        groups, ground = self._evaluate(mixes)
-        self.processes.barrier()
+        groups, units = self._evaluate(mixes)
         if not self.processes.leader:
             self._raise_if_stopped()
             return PreviewResult(self.folder.path, {})
@@ -168,7 +154,7 @@ class _Run:
             groups=groups,
             records=EvaluationCache(self.folder.path).read() if groups else {},
             predictions=predictions,
-            units=None if ground is None else {task.name: task.units for task in ground.tasks},
+            units=units,
             seconds=self.seconds,
             stopped=bool(self.stop),
         )
@@ -194,53 +180,23 @@ class _Run:
         self.seconds["surrogate"] = time.monotonic() - began
         return found
 
-    def _evaluate(self, mixes: Sequence[Mix]) -> tuple[list[Group], Ground | None]:
+    def _evaluate(self, mixes: Sequence[Mix]) -> tuple[list[Group], dict[str, int] | None]:
+        """Groups with base and experts first, and units of every task; nothing where nothing is evaluated."""
         if "evaluated" not in self.recipe.fidelity:
             return [], None
-        from mergekit_bayes.preview.evaluators import Evaluations, load_ground
+        from mergekit_bayes.preview.evaluation import Evaluation
 
         began = time.monotonic()
-        only = self.recipe.model_copy(update={"methods": (corner_spec(self.recipe),), "merge_method": None})
-        (corners,) = plan_methods(only, self.options.recipe_dir)
-        ground = load_ground(
+        evaluation = Evaluation(
             self.recipe,
+            self.plans,
+            EvaluationCache(self.folder.path, rank=self.processes.rank),
+            self.processes,
             recipe_dir=self.options.recipe_dir,
             tables=self.options.tables,
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            evaluators=self.options.evaluators,
         )
-        spec = self.recipe.evaluation
-        with Evaluations(ground, spec.mixes_per_batch, spec.max_memory, self.options.evaluators) as evaluations:
-            groups = self._groups(mixes, corners, evaluations, ground)
-            rank, count = self.processes.rank, self.processes.count
-            mine = sum(len(group.mixes) for group in groups[rank::count])
-            with follow(mine, show=self.options.progress and self.processes.leader) as report:
-                run_groups(
-                    groups,
-                    evaluations,
-                    EvaluationCache(self.folder.path, rank=rank),
-                    share=(rank, count),
-                    minutes=self.recipe.budget.minutes,
-                    stopped=lambda: bool(self.stop),
-                    report=report,
-                )
+        show = self.options.progress and self.processes.leader
+        groups = evaluation.run(mixes, stopped=lambda: bool(self.stop), show=show)
         self.seconds["evaluation"] = time.monotonic() - began
-        return groups, ground
-
-    def _groups(self, mixes: Sequence[Mix], corners: MethodPlan, evaluations: Any, ground: Ground) -> list[Group]:
-        own = [f"{name}:{getattr(each, '__qualname__', '')}" for name, each in sorted(self.options.evaluators.items())]
-        inputs = [[(task.name, task.key) for task in ground.tasks], str(ground.dtype), ground.device.type, own]
-        sources = len(self.recipe.models)
-        alone = [tuple(row) for row in np.eye(sources).tolist()]
-        needed = groups_of(
-            corners,
-            [(0.0,) * sources, *alone],
-            together=evaluations.together(corners),
-            inputs=inputs,
-            needed=True,
-        )
-        chosen = within_budget([mixes] * len(self.plans), self.recipe.budget.points)
-        of_methods = [
-            groups_of(plan, mine, together=evaluations.together(plan), inputs=inputs)
-            for plan, mine in zip(self.plans, chosen, strict=True)
-        ]
-        return [*needed, *in_turns(of_methods)]
+        return groups, {task.name: task.units for task in evaluation.ground.tasks}

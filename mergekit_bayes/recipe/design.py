@@ -50,6 +50,7 @@ class DesignSpec(Spec):
         concentration: of the Dirichlet distribution they come from; 1 is uniform.
         weights: the mixes, each with one weight per model.
         scales: every mix is looked at multiplied by each of these; 1 leaves the simplex as it is.
+        adaptive: evaluate a part of the budget as the design has it, and the rest where the front is expected to grow.
     """
 
     kind: Annotated[Literal["simplex", "random", "list"], checked(_KINDS)] = "simplex"
@@ -59,6 +60,7 @@ class DesignSpec(Spec):
     concentration: Annotated[float, checked(field.positive)] = 1.0
     weights: Annotated[tuple[tuple[float, ...], ...], checked(field.several(field.several(field.number)))] = ()
     scales: Annotated[tuple[float, ...], checked(field.several(field.positive))] = (1.0,)
+    adaptive: Annotated[bool, checked(field.boolean)] = False
 
     def without_effect(self) -> frozenset[str]:
         """What belongs to other kinds."""

@@ -152,6 +152,14 @@ def _reference_problems(data: _Data) -> Iterator[Problem]:
         if isinstance(weights, list | tuple) and models and len(weights) != len(models):
             message = f"{len(weights)} weights for {len(models)} models; expected one for each."
             yield Problem(("references", index, "weights"), message)
+    design, budget = data.get("design"), data.get("budget")
+    if isinstance(design, Mapping) and design.get("adaptive") is True:
+        if not isinstance(budget, Mapping) or budget.get("points") is None:
+            yield Problem(("budget", "points"), "missing; an adaptive design says how many mixes are evaluated.")
+        if "evaluated" not in _fidelities(data):
+            yield Problem(
+                ("design", "adaptive"), "adapts to evaluated mixes; add `evaluated` to `fidelity`.", at_key=True
+            )
     if "fitted" in _fidelities(data) and "evaluated" not in _fidelities(data):
         yield Problem(("fidelity",), "`fitted` is fitted to evaluated mixes; add `evaluated`.")
 

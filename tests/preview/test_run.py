@@ -193,6 +193,26 @@ def test_a_budget_keeps_what_covers_the_design_and_says_what_it_skips(recipe: Re
     assert any("4 mixes of the design were not evaluated" in note for note in front["notes"])
 
 
+def test_an_adaptive_design_spends_its_budget_where_the_front_grows(recipe: Recipes, tmp_path: Path) -> None:
+    content = recipe(
+        methods=["task_arithmetic", "posterior"],
+        design={"partitions": 20, "adaptive": True},
+        budget={"points": 24},
+        fidelity="evaluated",
+    )
+    front = run(content, tmp_path / "out").front
+    per_method = [
+        sum(p["method"] == method and "evaluated" in p for p in front["points"]) for method in front["methods"]
+    ]
+    assert sum(per_method) == 24
+    assert min(per_method) >= 11
+    assert front["complete"] is True
+    lines = (tmp_path / "out" / "evaluations.jsonl").read_text().count('"key"')
+    again = run(content, tmp_path / "out").front
+    assert again["points"] == front["points"]
+    assert (tmp_path / "out" / "evaluations.jsonl").read_text().count('"key"') == lines
+
+
 def test_an_evaluator_that_fails_and_one_that_is_no_number(recipe: Recipes, tmp_path: Path) -> None:
     seen: list[int] = []
 

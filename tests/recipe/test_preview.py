@@ -101,6 +101,8 @@ def test_every_problem_is_reported_at_its_place() -> None:
         ({"tasks": [{"data": {"train": "a"}}, {"data": "b"}]}, "tasks[0].data.train: a task is evaluated, not learned"),
         ({"tasks": [{"name": "docs", "data": "a"}, {"data": "b"}]}, "tasks[1]: has the name of `tasks[0]`"),
         ({"design": {"kind": "random"}}, "design.points: missing"),
+        ({"design": {"adaptive": True}}, "budget.points: missing; an adaptive design"),
+        ({"design": {"adaptive": True}, "fidelity": "surrogate"}, "design.adaptive: adapts to evaluated mixes"),
         ({"design": [[1, 0], [1]]}, "design.weights[1]: 1 weights for 2 models"),
         ({"design": [[0, 0], [1, 0]]}, "design.weights[0]: every weight is zero"),
         ({"design": {"step": 0.1, "partitions": 3}}, "partitions beside `step`"),

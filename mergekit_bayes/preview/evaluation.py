@@ -1,0 +1,170 @@
+"""The evaluated tier: base, experts and mixes, split over processes, in one sweep or in rounds that adapt."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mergekit_bayes.merge.processes import Processes
+from mergekit_bayes.preview.adaptive import next_mixes
+from mergekit_bayes.preview.cache import EvaluationCache
+from mergekit_bayes.preview.design import Mix
+from mergekit_bayes.preview.evaluators import Evaluations, Evaluator, load_ground
+from mergekit_bayes.preview.fitted import DEGREE
+from mergekit_bayes.preview.plans import MethodPlan, plan_methods
+from mergekit_bayes.preview.polynomial import polynomial_terms
+from mergekit_bayes.preview.progress import follow
+from mergekit_bayes.preview.results import Array, Scale, scores_of
+from mergekit_bayes.preview.sweep import Group, groups_of, in_turns, run_groups, within_budget
+from mergekit_bayes.recipe.preview import MethodSpec, PreviewRecipe
+
+if TYPE_CHECKING:
+    from mergekit_bayes.data.read import Tables
+
+__all__ = ["Evaluation"]
+
+CORNERS = "corners"
+"""Title of the method that gives the base and the experts themselves."""
+
+FIRST_SHARE = 0.4
+"""Of a budget that adapts, evaluated as the design has it before anything is foreseen."""
+
+
+class Evaluation:
+    """Everything that is evaluated for one preview.
+
+    Args:
+        recipe: of the preview.
+        plans: one per method.
+        cache: of this process.
+        processes: all that share the work.
+        recipe_dir: folder that relative paths are tried from after the current one.
+        tables: data sets in memory, by the path that stands for them.
+        evaluators: scores of your own, by task.
+
+    Attributes:
+        ground: the model and the tasks.
+    """
+
+    def __init__(
+        self,
+        recipe: PreviewRecipe,
+        plans: Sequence[MethodPlan],
+        cache: EvaluationCache,
+        processes: Processes,
+        *,
+        recipe_dir: Path | None,
+        tables: Tables | None,
+        evaluators: Mapping[str, Evaluator],
+    ) -> None:
+        self.recipe, self.plans, self.cache, self.processes = recipe, plans, cache, processes
+        only = recipe.model_copy(update={"methods": (corner_spec(recipe),), "merge_method": None})
+        (self.corners,) = plan_methods(only, recipe_dir)
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        self.ground = load_ground(recipe, recipe_dir=recipe_dir, tables=tables, local_rank=local)
+        own = [f"{name}:{getattr(each, '__qualname__', '')}" for name, each in sorted(evaluators.items())]
+        tasks = [(task.name, task.key) for task in self.ground.tasks]
+        self._inputs = [tasks, str(self.ground.dtype), self.ground.device.type, own]
+        spec = recipe.evaluation
+        self._evaluations = Evaluations(self.ground, spec.mixes_per_batch, spec.max_memory, evaluators)
+
+    def run(self, mixes: Sequence[Mix], *, stopped: Callable[[], bool], show: bool) -> list[Group]:
+        """Evaluates what the budget allows and is not in the cache.
+
+        Args:
+            mixes: the design, in order.
+            stopped: whether somebody asked to stop.
+            show: whether to show how far it is.
+
+        Returns:
+            All groups, base and experts first, evaluated or not.
+        """
+        budget, began = self.recipe.budget, time.monotonic()
+        designs = [mixes] * len(self.plans)
+        first = within_budget(designs, self._first(len(mixes)))
+        groups = [*self._needed(), *self._groups(first)]
+        total = sum(len(group.mixes) for group in groups) if budget.points is None else budget.points
+        with self._evaluations, follow(math.ceil(total / self.processes.count), show=show) as report:
+
+            def carry_out(some: Sequence[Group]) -> None:
+                left = None if budget.minutes is None else budget.minutes - (time.monotonic() - began) / 60
+                share = (self.processes.rank, self.processes.count)
+                run_groups(
+                    some, self._evaluations, self.cache, share=share, minutes=left, stopped=stopped, report=report
+                )
+                self.processes.barrier()
+
+            carry_out(groups)
+            if self.recipe.design.adaptive and budget.points is not None:
+                self._adapt(mixes, groups, budget.points - sum(map(len, first)), carry_out)
+        return groups
+
+    def _first(self, size: int) -> int | None:
+        """Mixes of all methods that are evaluated as the design has them; None for all of them."""
+        points = self.recipe.budget.points
+        if points is None or not self.recipe.design.adaptive:
+            return points
+        enough = polynomial_terms(len(self.recipe.models), DEGREE) + 1
+        return min(points, len(self.plans) * min(size, max(enough, round(FIRST_SHARE * points / len(self.plans)))))
+
+    def _adapt(
+        self, mixes: Sequence[Mix], groups: list[Group], points: int, carry_out: Callable[[Sequence[Group]], None]
+    ) -> None:
+        """Spends what is left of a budget in rounds; what a round chooses depends on the rounds before it alone."""
+        most = self.processes.count * max(self._evaluations.together(plan) for plan in self.plans)
+        while points > 0:
+            chosen: list[list[Mix]] = []
+            for plan in self.plans:
+                chosen.append(next_mixes(mixes, self._gains(plan, groups), min(points, most)))
+                points -= len(chosen[-1])
+            if not any(chosen):
+                return
+            new = self._groups(chosen)
+            groups += new
+            carry_out(new)
+
+    def _gains(self, plan: MethodPlan, groups: Sequence[Group]) -> dict[Mix, Array]:
+        """What is known of the mixes of one method, on the scale of base and experts; NaN where it is not."""
+        records = self.cache.read()
+        tasks = range(len(self.recipe.tasks))
+
+        def scored(wanted: Callable[[Group], bool]) -> dict[Mix, Array]:
+            pairs = [
+                (mix, key)
+                for group in groups
+                if wanted(group)
+                for mix, key in zip(group.mixes, group.keys, strict=True)
+            ]
+            return {mix: scores_of(self.recipe, records.get(key)) for mix, key in pairs}
+
+        corners = list(scored(lambda group: group.needed).values())
+        own = np.stack(corners[1:])[list(self.recipe.experts), tasks]
+        scale = Scale(corners[0], own, tuple(task.higher_is_better for task in self.recipe.tasks))
+        return {mix: scale.gains(scores) for mix, scores in scored(lambda group: group.method is plan).items()}
+
+    def _needed(self) -> list[Group]:
+        """The base, and every source alone."""
+        sources = len(self.recipe.models)
+        mixes = [(0.0,) * sources, *(tuple(row) for row in np.eye(sources).tolist())]
+        together = self._evaluations.together(self.corners)
+        return groups_of(self.corners, mixes, together=together, inputs=self._inputs, needed=True)
+
+    def _groups(self, chosen: Sequence[Sequence[Mix]]) -> list[Group]:
+        """Groups of the chosen mixes of every method, the methods in turn."""
+        of_methods = [
+            groups_of(plan, mine, together=self._evaluations.together(plan), inputs=self._inputs)
+            for plan, mine in zip(self.plans, chosen, strict=True)
+        ]
+        return list(in_turns(of_methods))
+
+
+def corner_spec(recipe: PreviewRecipe) -> MethodSpec:
+    """The method whose mixes are the base, at zero, and the experts, each alone."""
+    space = "full" if recipe.space == "full" else None
+    return MethodSpec.model_construct(merge_method="task_arithmetic", name=CORNERS, space=space)
