@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,19 @@ def draw_scores(path: Path, content: Mapping[str, Any]) -> None:
     """
     scores, names = content["scores"], [data["name"] for data in content["data"]]
     metrics = list(dict.fromkeys(m for found in scores.values() for own in found.values() for m in own))
+    columns = min(_COLUMNS, len(metrics))
+    lines = -(-len(metrics) // columns)
     height = 0.9 + 0.28 * len(scores) * max(1.0, 0.7 * len(names))
-    figure = _figure((5.0 * len(metrics), max(2.6, height)))
-    panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
-    for axes, metric in zip(panels, metrics, strict=True):
+    figure = _figure((5.0 * columns, max(2.6, height) * lines))
+    panels = figure.subplots(lines, columns, squeeze=False, sharey=True).flatten()
+    for axes, metric in zip(panels, metrics, strict=False):
         for number, name in enumerate(names):
             _bars(axes, [found[name].get(metric) for found in scores.values()], number, len(names))
         axes.set_yticks(range(len(scores)), list(scores))
         axes.set_xlabel(heading(metric))
         axes.grid(visible=True, axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
+    _hide(panels[len(metrics) :])
     panels[0].invert_yaxis()
     if len(names) > 1:
         figure.legend(*_keys(names), loc="outside upper center", ncols=len(names), frameon=False)
@@ -78,7 +81,7 @@ def draw_reliability(path: Path, content: Mapping[str, Any]) -> None:
     columns = min(_COLUMNS, len(found))
     lines = -(-len(found) // columns)
     figure = _figure((3.6 * columns, 3.6 * lines))
-    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
     names = [data["name"] for data in content["data"]]
     for axes, (title, of_data) in zip(panels, found.items(), strict=False):
         axes.plot([0, 1], [0, 1], color="#999999", linewidth=1)
@@ -87,8 +90,7 @@ def draw_reliability(path: Path, content: Mapping[str, Any]) -> None:
         axes.set_title(title, fontsize=9)
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in panels[len(found) :]:
-        axes.set_visible(False)
+    _hide(panels[len(found) :])
     figure.supxlabel("confidence")
     figure.supylabel("accuracy")
     if len(names) > 1:
@@ -99,8 +101,13 @@ def draw_reliability(path: Path, content: Mapping[str, Any]) -> None:
 def _points(axes: Any, bins: Sequence[Mapping[str, float]], colour: str) -> None:
     total = sum(each["rows"] for each in bins)
     sure, right = [each["confidence"] for each in bins], [each["accuracy"] for each in bins]
-    axes.plot(sure, right, color=colour, linewidth=1)
+    axes.plot(sure, right, color=colour, linewidth=1, alpha=0.3)
     axes.scatter(sure, right, s=[8 + 200 * each["rows"] / total for each in bins], color=colour, alpha=0.6)
+
+
+def _hide(panels: Iterable[Any]) -> None:
+    for axes in panels:
+        axes.set_visible(False)
 
 
 def _figure(size: tuple[float, float]) -> Any:
