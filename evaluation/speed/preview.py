@@ -1,0 +1,220 @@
+"""What a preview's evaluations and predictions cost.
+
+    OMP_NUM_THREADS=1 python -m evaluation.speed.preview
+
+Writes preview.json and preview.md beside this file. Evaluations: 64 mixes of three LoRA adapters of a Llama with random
+weights, in groups of four that alternate between three ways to score them on the same rows: all four in shared forward
+passes, as a preview does; a plain PEFT model with one adapter, four times; and merged into the weights, then a forward
+pass, four times. Times are CPU time of the process, and ratios the medians of the ratios of neighbours, so that other
+work on the machine counts little. Predictions: what the posteriors of the example's three adapters say of 10,011 mixes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.speed.alternate import allocated, alternate, described, machine, ratio
+from evaluation.speed.lora_step import SIZES, VOCABULARY
+from mergekit_bayes.merge.schemas import method_schemas
+from mergekit_bayes.preview.design import lattice, random_mixes
+from mergekit_bayes.preview.evaluators import Evaluations, Ground
+from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods
+from mergekit_bayes.preview.predict import predict
+from mergekit_bayes.preview.tasks import TaskData, score
+from mergekit_bayes.recipe import load_recipe
+from mergekit_bayes.recipe.preview import PreviewRecipe
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent.parent / "examples" / "stdlib_lm" / "artefacts"
+TOGETHER, ADAPTERS = 4, 3
+AIM_RATIO, AIM_SECONDS = 1.05, 10.0
+
+
+def rows(size: str, *, count: int, length: int) -> TaskData:
+    """Random tokens as a task, in batches of `count` rows for one mix."""
+    ids = torch.randint(0, VOCABULARY[size], (count, length), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    units = count * (length - 1)
+    return TaskData("random", "loss", (batch,), "causal_lm", None, units, "random", False, VOCABULARY[size] - 1)
+
+
+def in_batches(task: TaskData, size: int) -> TaskData:
+    """The same rows in smaller batches."""
+    (whole,) = task.batches
+    parts = zip(*(tensor.split(size) for tensor in whole.values()), strict=True)
+    batches = tuple(dict(zip(whole, part, strict=True)) for part in parts)
+    return TaskData(task.name, "loss", batches, task.task, None, task.units, task.key, False, task.largest_token)
+
+
+def made(folder: Path, size: str) -> tuple[Any, list[Path]]:
+    """A base with random weights and three adapters of it, saved; and the base in memory."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY[size], tie_word_embeddings=True, **SIZES[size])
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    adapters = []
+    for index in range(ADAPTERS):
+        base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
+        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+        adapters.append(folder / f"adapter{index}")
+        peft.get_peft_model(base, lora).save_pretrained(adapters[-1])
+    return transformers.LlamaForCausalLM.from_pretrained(folder / "base").eval().requires_grad_(False), adapters
+
+
+def recipe_of(base: Path, adapters: list[Path], **changes: Any) -> PreviewRecipe:
+    """A preview of these adapters."""
+    content = {
+        "kind": "preview",
+        "base_model": str(base),
+        "models": [{"model": str(adapter)} for adapter in adapters],
+        "tasks": [{"name": f"task {index}"} for index in range(len(adapters))],
+        "fidelity": "surrogate",
+        **changes,
+    }
+    return load_recipe(content, expect=PreviewRecipe, methods=method_schemas())
+
+
+def evaluations(size: str, *, groups: int, length: int) -> dict[str, Any]:
+    """CPU seconds per group of mixes of every way, alternating."""
+    import peft
+
+    with tempfile.TemporaryDirectory() as temporary:
+        base, adapters = made(Path(temporary), size)
+        methods = [
+            {"merge_method": "task_arithmetic"},
+            {"merge_method": "task_arithmetic", "name": "d", "space": "full"},
+        ]
+        stacked, dense = plan_methods(recipe_of(Path(temporary) / "base", adapters, methods=methods))
+        task = rows(size, count=TOGETHER * TOGETHER, length=length)
+        plain = peft.PeftModel.from_pretrained(type(base).from_pretrained(Path(temporary) / "base"), adapters[0]).eval()
+        mixes = iter(random_mixes(ADAPTERS, TOGETHER * (groups + 2) * 2, seed=0))
+        ways = {
+            "together": _evaluator(base, stacked, in_batches(task, TOGETHER), mixes, together=TOGETHER),
+            "plain adapter": lambda: [score(plain, task) for _ in range(TOGETHER)],
+            "merge, then forward": _evaluator(
+                type(base).from_pretrained(Path(temporary) / "base").eval(), dense, task, mixes, together=1
+            ),
+        }
+        peak, _ = allocated(ways["together"])
+        runs = alternate(ways, repeats=groups, warmup=1, device="cpu")
+    cpu = {name: list(each.cpu) for name, each in runs.items()}
+    return {
+        "parameters": sum(parameter.numel() for parameter in base.parameters()),
+        "mixes": groups * TOGETHER,
+        "tokens_per_mix": task.units,
+        "cpu_seconds": {name: sum(values) for name, values in cpu.items()},
+        "of_plain": {name: ratio(values, cpu["plain adapter"]) for name, values in cpu.items()},
+        "peak_bytes_together": peak,
+    }
+
+
+def _evaluator(model: Any, method: MethodPlan, task: TaskData, mixes: Any, *, together: int) -> Callable[[], object]:
+    """Scores the next group of mixes by a method."""
+    ground = Ground(model, (task,), torch.device("cpu"), torch.float32)
+    evaluator = Evaluations(ground, together, 4 * 10**9)
+
+    def step() -> object:
+        group = [next(mixes) for _ in range(TOGETHER)]
+        found = [evaluator.evaluate(method, group[at : at + together]) for at in range(0, TOGETHER, together)]
+        assert all(each.error is None for part in found for each in part)
+        return found
+
+    return step
+
+
+def predictions(partitions: int) -> dict[str, Any]:
+    """Seconds for the posteriors' predictions of a lattice, from opening files to the last increase."""
+    recipe = recipe_of(
+        EXAMPLE / "base",
+        [EXAMPLE / name for name in ("code", "docs", "headers")],
+        methods=["posterior", "task_arithmetic"],
+        precision={"prior": 0.001},
+    )
+    mixes = lattice(ADAPTERS, partitions)
+    found: dict[str, Any] = {"mixes": len(mixes)}
+    for plan in plan_methods(recipe, space="full"):
+        began, cpu = time.perf_counter(), time.process_time()
+        prediction = predict(curvature_plan(recipe), [(plan, mixes)]).methods[0]
+        found[plan.title] = {
+            "seconds": time.perf_counter() - began,
+            "cpu_seconds": time.process_time() - cpu,
+            "largest_error": prediction.error,
+        }
+    return found
+
+
+def page(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    runs, told = results["evaluations"], results["predictions"]
+    lines = [
+        f"{runs['mixes']} mixes of {ADAPTERS} adapters of rank 8 on all linear layers of a Llama of "
+        f"{runs['parameters'] / 1e6:.1f} M parameters, {runs['tokens_per_mix']} tokens each:",
+        "",
+        "| way | CPU seconds | of a plain adapter model |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, seconds in runs["cpu_seconds"].items():
+        lines.append(f"| {name} | {seconds:.1f} | {runs['of_plain'][name]:.3f} |")
+    lines += [
+        "",
+        f"Peak of what torch allocated for the first group that shares forward passes, adapters included and the base "
+        f"not: {runs['peak_bytes_together'] / 2**20:.0f} MiB.",
+        "",
+        f"| predicted for {told['mixes']} mixes | seconds | CPU seconds | largest error, of the increase at the base |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name in ("posterior", "task_arithmetic"):
+        each = told[name]
+        lines.append(f"| {name} | {each['seconds']:.2f} | {each['cpu_seconds']:.2f} | {each['largest_error']:.1e} |")
+    holds = {True: "yes", False: "NO"}
+    together, seconds = runs["of_plain"]["together"], told["posterior"]["seconds"]
+    lines += [
+        "",
+        "| promise | measured | wanted | holds |",
+        "| --- | ---: | ---: | ---: |",
+        f"| mixes together, CPU time over that of a plain adapter model | {together:.3f} | <= {AIM_RATIO} | "
+        f"{holds[together <= AIM_RATIO]} |",
+        f"| {told['mixes']} predictions, seconds | {seconds:.2f} | <= {AIM_SECONDS:g} | "
+        f"{holds[seconds <= AIM_SECONDS]} |",
+        "",
+        f"{described(results['machine'], results['load'])} {results['date']}. "
+        "`OMP_NUM_THREADS=1 python -m evaluation.speed.preview`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="25m")
+    parser.add_argument("--groups", type=int, default=16, help="groups of four mixes")
+    parser.add_argument("--length", type=int, default=64, help="tokens per row; sixteen rows are scored")
+    parser.add_argument("--partitions", type=int, default=140, help="of the lattice that is predicted")
+    parser.add_argument("--out", type=Path, default=HERE)
+    options = parser.parse_args(arguments)
+    results: dict[str, Any] = {
+        "machine": machine("cpu"),
+        "date": date.today().isoformat(),
+        "evaluations": evaluations(options.size, groups=options.groups, length=options.length),
+        "predictions": predictions(options.partitions),
+    }
+    results["load"] = os.getloadavg()[0]
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "preview.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.out / "preview.md").write_text(page(results))
+    print(page(results))
+
+
+if __name__ == "__main__":
+    main()
