@@ -159,10 +159,22 @@ def _notes(outcomes: Sequence[Outcome], baseline: Outcome) -> Iterator[str]:
     yield from (note for outcome in outcomes for note in outcome.encoding.notes)
     yield from (f"{outcome.title}: {outcome.note}" for outcome in outcomes if outcome.note is not None)
     for outcome in outcomes:
-        if outcome.chosen is not None and outcome.chosen["at_edge"]:
-            yield f"{outcome.title}: the chosen temperature is the highest that was tried; a higher one may be better"
+        yield from _temperature(outcome)
         yield from _other_tokens(outcome, baseline)
         yield from _single_rows(outcome)
+
+
+def _temperature(outcome: Outcome) -> Iterator[str]:
+    """What the validation rows chose."""
+    chosen = outcome.chosen
+    if chosen is None:
+        return
+    losses = f"nll {chosen['nll']:.4f} there, {chosen['nll_of_mean']:.4f} at the mean"
+    if chosen["temperature"] == 0:
+        yield f"{outcome.title}: on the validation rows no samples were better than the mean, which stands for them"
+    else:
+        edge = ", the highest that was tried: a higher one may be better" if chosen["at_edge"] else ""
+        yield f"{outcome.title}: temperature {chosen['temperature']:.3g} by the validation rows ({losses}){edge}"
 
 
 def _other_tokens(outcome: Outcome, baseline: Outcome) -> Iterator[str]:

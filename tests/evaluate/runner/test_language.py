@@ -93,6 +93,10 @@ def test_the_temperature_is_the_best_of_the_validation_rows(tuned: Path) -> None
     chosen = about["chosen_temperature"]
     assert about["temperature"] == chosen["temperature"]
     assert chosen["nll"] == min(loss for _, loss in chosen["tried"]) <= chosen["nll_of_mean"]
+    (note,) = result.results["notes"]
+    by_mean = "no samples were better than the mean" in note
+    assert by_mean or f"temperature {chosen['temperature']:.3g} by the validation rows" in note
+    assert by_mean == (chosen["temperature"] == 0)
     titles = [str(tuned), f"{tuned} (2 samples)"]
     again = run(recipe([tuned], data="other texts", samples={"count": 2, "temperature": chosen["temperature"] or 1e-9}))
     found = [again.value(title, "other texts", "loss") for title in titles]
