@@ -35,7 +35,10 @@ def overview(results: Results) -> str:
 
 
 def _short(row: Results | None) -> str:
-    return "-" if row is None else f"{row['average']:.2f} ({row['way_to_joint']:+.2f})"
+    if row is None:
+        return "-"
+    way = "" if row["way_to_joint"] is None else f" ({row['way_to_joint']:+.2f})"
+    return f"{row['average']:.2f}{way}"
 
 
 def _normalised(found: Results) -> str:
@@ -47,12 +50,15 @@ def _normalised(found: Results) -> str:
             f"**{row['average']:.3f}**",
             _interval(row["over_seeds"]),
             _interval(row["over_examples"]),
-            f"{row['way_to_joint']:.2f}",
+            f"{row['pooled']:.3f}",
+            _interval(row["pooled_over_seeds"]),
+            "-" if row["way_to_joint"] is None else f"{row['way_to_joint']:.2f}",
             _interval(row["way_over_seeds"], 2),
         ]
         for name, row in found["rows"].items()
     ]
-    head = ["normalised", *tasks, "average", "95% over seeds", "95% over examples", "way to joint", "95% over seeds"]
+    ends = "95% over seeds"
+    head = ["normalised", *tasks, "average", ends, "95% over examples", "pooled", ends, "way to joint", ends]
     return _table(head, rows)
 
 
@@ -117,12 +123,14 @@ def figure(name: str, found: Results, path: Path) -> None:
 
 
 def _dots(axis: Any, rows: Results, names: Sequence[str]) -> None:
-    lowest = rows["linear"]["average"] - 0.6
+    lowest = min(-0.1, rows["linear"]["average"] - 0.6)  # what is below is drawn as an arrow at the edge
     for name, row in rows.items():
         place = names.index(name)
-        shown = [max(value, lowest) for value in row["seeds"]]
-        axis.plot(shown, [place] * len(shown), "o", color="C0", alpha=0.5, ms=4)
-        axis.plot(max(row["average"], lowest), place, "|", color="C0", ms=13, mew=2)
+        if row["average"] < lowest:
+            axis.plot(lowest, place, "<", color="C0", ms=6)
+            continue
+        axis.plot(row["seeds"], [place] * len(row["seeds"]), "o", color="C0", alpha=0.5, ms=4)
+        axis.plot(row["average"], place, "|", color="C0", ms=13, mew=2)
     for reference, style in (("linear", ":"), ("joint training", "--")):
         axis.axvline(rows[reference]["average"], color="0.7", ls=style, lw=1, zorder=0)
     axis.set_xlabel("score normalised to the experts (base 0, experts 1)", fontsize=8)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 Scores: TypeAlias = Mapping[str, Sequence[float]]
 Array: TypeAlias = NDArray[numpy.float64]
 BASE, EXPERT, LINEAR, JOINT = "base", "experts", "linear", "joint training"
+SHORTEST_WAY = 0.1
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 RESAMPLES = 1000
 
@@ -25,8 +26,9 @@ def summary(runs: Mapping[str, Sequence[Scores]]) -> dict[str, Any]:
 
     Returns:
         For every row: raw and normalised scores by task averaged over seeds; the average over tasks of the normalised
-        score with its interval over seeds (Student's) and over test examples (bootstrap, the seeds' models fixed); and
-        the share of the way from linear to joint training that it goes.
+        score with its interval over seeds (Student's) and over test examples (bootstrap, the seeds' models fixed); the
+        gain of all tasks together as a share of the experts'; and the share of the way from linear to joint training
+        that it goes, where joint training is at least 0.1 better for every seed.
     """
     arrays = {
         row: [{task: numpy.asarray(values, dtype=float) for task, values in seed.items()} for seed in seeds]
@@ -49,29 +51,45 @@ def _rows(arrays: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
 def _row(
     row: str, arrays: Mapping[str, Any], observed: Mapping[str, Any], resampled: Mapping[str, Any]
 ) -> dict[str, Any]:
-    averages = [mean(seed.values()) for seed in observed[row]]
+    averages = [float(mean(seed.values())) for seed in observed[row]]
     tasks = list(observed[row][0])
     drawn = numpy.mean(resampled[row], axis=0)
-    way = [
-        (here - low) / (high - low)
-        for here, low, high in zip(
-            averages, *([mean(seed.values()) for seed in observed[each]] for each in (LINEAR, JOINT)), strict=True
-        )
-    ]
-    low, high = numpy.mean(resampled[LINEAR], axis=0), numpy.mean(resampled[JOINT], axis=0)
+    pooled = [_pooled(arrays, row, index) for index in range(len(averages))]
     return {
         "raw": {task: round(mean(float(seed[task].mean()) for seed in arrays[row]), 4) for task in tasks},
-        "normalised": {task: round(mean(seed[task] for seed in observed[row]), 4) for task in tasks},
+        "normalised": {task: round(float(mean(seed[task] for seed in observed[row])), 4) for task in tasks},
         "average": round(mean(averages), 4),
         "seeds": [round(value, 4) for value in averages],
         "over_seeds": interval(averages),
-        "over_examples": [round(float(value), 4) for value in numpy.quantile(drawn, (0.025, 0.975))],
-        "way_to_joint": round(mean(way), 4),
-        "way_over_seeds": interval(way),
-        "way_over_examples": [
-            round(float(value), 4) for value in numpy.quantile((drawn - low) / (high - low), (0.025, 0.975))
-        ],
+        "over_examples": _ends(drawn),
+        "pooled": round(mean(pooled), 4),
+        "pooled_over_seeds": interval(pooled),
+        **_way(observed, averages),
     }
+
+
+def _ends(drawn: Array) -> list[float] | None:
+    """The middle 95%; None where some draw has an expert that gains nothing."""
+    low, high = (round(float(value), 4) for value in numpy.quantile(drawn, (0.025, 0.975)))
+    return None if numpy.isnan(low + high) else [low, high]
+
+
+def _way(observed: Mapping[str, Any], averages: Sequence[float]) -> dict[str, Any]:
+    """The share of the way from linear to joint training; None where that is no way to speak of."""
+    low, high = ([float(mean(seed.values())) for seed in observed[each]] for each in (LINEAR, JOINT))
+    if min(b - a for a, b in zip(low, high, strict=True)) < SHORTEST_WAY:
+        return {"way_to_joint": None, "way_over_seeds": None}
+    way = [(here - a) / (b - a) for here, a, b in zip(averages, low, high, strict=True)]
+    return {"way_to_joint": round(mean(way), 4), "way_over_seeds": interval(way)}
+
+
+def _pooled(arrays: Mapping[str, Any], row: str, index: int) -> float:
+    """What the tasks gain together, as a share of what the experts gain together."""
+    gains = [
+        sum(float(values.mean() - arrays[BASE][index][task].mean()) for task, values in arrays[each][index].items())
+        for each in (row, EXPERT)
+    ]
+    return gains[0] / gains[1] if gains[1] else float("nan")
 
 
 def average_normalised(scores: Scores, base: Scores, experts: Scores) -> float:

@@ -132,6 +132,10 @@ def test_scores_are_normalised_by_seed_and_task() -> None:
     assert found["other"]["seeds"] == [0.75, 0.25]
     assert found["linear"]["seeds"] == [0.5, 0]
     assert found["other"]["way_to_joint"] == 0.5
+    # gains of 1.5 and 15 of 2 and 20 with one seed, 0.5 and 5 with the other
+    assert found["other"]["pooled"] == 0.5
+    short = summary.summary({**runs, "joint training": seeds(2.1, 2.1)})
+    assert short["linear"]["way_to_joint"] is None
     half = 12.706 * 0.25  # the standard error of two values 0.5 apart is 0.25
     assert found["other"]["over_seeds"] == pytest.approx([0.5 - half, 0.5 + half], abs=1e-3)
     [difference] = summary.differences(found, [("linear", "other"), ("linear", "missing")])
