@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mergekit_bayes.errors import MergekitBayesError
 from mergekit_bayes.preview.designs import design_size
-from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods
+from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods, plan_references
 from mergekit_bayes.recipe.preview import PreviewRecipe
 
 __all__ = ["describe"]
@@ -20,6 +20,7 @@ def describe(recipe: PreviewRecipe, recipe_dir: Path | None = None) -> str:
     """
     folder = recipe.folder if recipe_dir is None else recipe_dir
     plans = plan_methods(recipe, folder)
+    references = len(plan_references(recipe, folder))
     size, budget = design_size(recipe), recipe.budget
     lines = [f"preview of {len(recipe.models)} models on the tasks {', '.join(recipe.task_names)}"]
     lines += [f"  {plan.title}: {_how(plan)}" for plan in plans]
@@ -30,7 +31,8 @@ def describe(recipe: PreviewRecipe, recipe_dir: Path | None = None) -> str:
         wanted = size * len(plans)
         points = wanted if budget.points is None else min(budget.points, wanted)
         skipped = f", {wanted - points} skipped for the budget" if points < wanted else ""
-        lines.append(f"evaluated: {points} mixes{skipped}, and base and experts")
+        models = f", and {references} references" if references else ""
+        lines.append(f"evaluated: {points} mixes{skipped}, and base and experts{models}")
         if budget.minutes is not None:
             lines.append(f"  as many as {budget.minutes:g} minutes allow, those that cover the design first")
     lines.append(f"output: {recipe.output.path or 'to be named after the recipe'}")

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,20 +18,17 @@ from mergekit_bayes.preview.cache import EvaluationCache
 from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.evaluators import Evaluations, Evaluator, load_ground
 from mergekit_bayes.preview.fitted import DEGREE
-from mergekit_bayes.preview.plans import MethodPlan, plan_methods
+from mergekit_bayes.preview.plans import MethodPlan, plan_corners, plan_references
 from mergekit_bayes.preview.polynomial import polynomial_terms
 from mergekit_bayes.preview.progress import follow
 from mergekit_bayes.preview.results import Array, Scale, scores_of
 from mergekit_bayes.preview.sweep import Group, groups_of, in_turns, run_groups, within_budget
-from mergekit_bayes.recipe.preview import MethodSpec, PreviewRecipe
+from mergekit_bayes.recipe.preview import PreviewRecipe
 
 if TYPE_CHECKING:
     from mergekit_bayes.data.read import Tables
 
 __all__ = ["Evaluation"]
-
-CORNERS = "corners"
-"""Title of the method that gives the base and the experts themselves."""
 
 FIRST_SHARE = 0.4
 """Of a budget that adapts, evaluated as the design has it before anything is foreseen."""
@@ -64,8 +62,8 @@ class Evaluation:
         evaluators: Mapping[str, Evaluator],
     ) -> None:
         self.recipe, self.plans, self.cache, self.processes = recipe, plans, cache, processes
-        only = recipe.model_copy(update={"methods": (corner_spec(recipe),), "merge_method": None})
-        (self.corners,) = plan_methods(only, recipe_dir)
+        self.corners = plan_corners(recipe, recipe_dir)
+        self._references = plan_references(recipe, recipe_dir)
         local = int(os.environ.get("LOCAL_RANK", "0"))
         self.ground = load_ground(recipe, recipe_dir=recipe_dir, tables=tables, local_rank=local)
         own = [f"{name}:{getattr(each, '__qualname__', '')}" for name, each in sorted(evaluators.items())]
@@ -83,13 +81,14 @@ class Evaluation:
             show: whether to show how far it is.
 
         Returns:
-            All groups, base and experts first, evaluated or not.
+            All groups, base and experts first, then references, evaluated or not.
         """
         budget, began = self.recipe.budget, time.monotonic()
         designs = [mixes] * len(self.plans)
         first = within_budget(designs, self._first(len(mixes)))
         groups = [*self._needed(), *self._groups(first)]
-        total = sum(len(group.mixes) for group in groups) if budget.points is None else budget.points
+        later = 0 if budget.points is None else budget.points - sum(map(len, first))
+        total = sum(len(group.mixes) for group in groups) + (later if self.recipe.design.adaptive else 0)
         with self._evaluations, follow(math.ceil(total / self.processes.count), show=show) as report:
 
             def carry_out(some: Sequence[Group]) -> None:
@@ -102,7 +101,7 @@ class Evaluation:
 
             carry_out(groups)
             if self.recipe.design.adaptive and budget.points is not None:
-                self._adapt(mixes, groups, budget.points - sum(map(len, first)), carry_out)
+                self._adapt(mixes, groups, later, carry_out)
         return groups
 
     def _first(self, size: int) -> int | None:
@@ -143,17 +142,21 @@ class Evaluation:
             ]
             return {mix: scores_of(self.recipe, records.get(key)) for mix, key in pairs}
 
-        corners = list(scored(lambda group: group.needed).values())
+        corners = list(scored(lambda group: group.is_corner).values())
         own = np.stack(corners[1:])[list(self.recipe.experts), tasks]
         scale = Scale(corners[0], own, tuple(task.higher_is_better for task in self.recipe.tasks))
         return {mix: scale.gains(scores) for mix, scores in scored(lambda group: group.method is plan).items()}
 
     def _needed(self) -> list[Group]:
-        """The base, and every source alone."""
+        """The base, every source alone, and the references that are models."""
         sources = len(self.recipe.models)
         mixes = [(0.0,) * sources, *(tuple(row) for row in np.eye(sources).tolist())]
         together = self._evaluations.together(self.corners)
-        return groups_of(self.corners, mixes, together=together, inputs=self._inputs, needed=True)
+        groups = groups_of(self.corners, mixes, together=together, inputs=self._inputs, needed=True)
+        for index, plan in self._references.items():
+            (group,) = groups_of(plan, [(1.0,)], together=1, inputs=self._inputs, needed=True)
+            groups.append(replace(group, reference=index))
+        return groups
 
     def _groups(self, chosen: Sequence[Sequence[Mix]]) -> list[Group]:
         """Groups of the chosen mixes of every method, the methods in turn."""
@@ -162,9 +165,3 @@ class Evaluation:
             for plan, mine in zip(self.plans, chosen, strict=True)
         ]
         return list(in_turns(of_methods))
-
-
-def corner_spec(recipe: PreviewRecipe) -> MethodSpec:
-    """The method whose mixes are the base, at zero, and the experts, each alone."""
-    space = "full" if recipe.space == "full" else None
-    return MethodSpec.model_construct(merge_method="task_arithmetic", name=CORNERS, space=space)

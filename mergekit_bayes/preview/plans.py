@@ -14,10 +14,14 @@ from mergekit_bayes.merge.schemas import method_schemas
 from mergekit_bayes.merge.steps import CopyStep, ModuleStep, Step
 from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.recipe import MergeRecipe, load_recipe
-from mergekit_bayes.recipe.preview import MethodSpec, PreviewRecipe, Space
+from mergekit_bayes.recipe.merge import SourceSpec
+from mergekit_bayes.recipe.preview import MethodSpec, PreviewOutputSpec, PreviewRecipe, Space
 from mergekit_bayes.recipe.scalar import Scalar
 
-__all__ = ["MethodPlan", "curvature_plan", "merge_recipe", "plan_methods"]
+__all__ = ["MethodPlan", "curvature_plan", "merge_recipe", "plan_corners", "plan_methods", "plan_references"]
+
+CORNERS = "corners"
+"""Title of the method that gives the base and the experts themselves."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,43 @@ def plan_methods(
     if problems:
         raise PlanError(tuple({str(problem): problem for problem in problems}.values()))
     return tuple(plans)
+
+
+def plan_corners(recipe: PreviewRecipe, recipe_dir: Path | None = None) -> MethodPlan:
+    """The method whose mixes are the base, at zero, and the experts, each alone.
+
+    Raises:
+        PlanError: everything that stands in its way.
+    """
+    space = "full" if recipe.space == "full" else None
+    spec = MethodSpec.model_construct(merge_method="task_arithmetic", name=CORNERS, space=space)
+    only = recipe.model_copy(update={"methods": (spec,), "merge_method": None})
+    return plan_methods(only, recipe_dir)[0]
+
+
+def plan_references(recipe: PreviewRecipe, recipe_dir: Path | None = None) -> dict[int, MethodPlan]:
+    """The references that are models, by their places: each is the method whose mix (1,) is that model itself.
+
+    Raises:
+        PlanError: everything that stands in the way of any of them, at once.
+    """
+    problems: list[MergekitBayesError] = []
+    plans = {}
+    for index, reference in enumerate(recipe.references):
+        if reference.model is None:
+            continue
+        spec = MethodSpec.model_construct(merge_method="task_arithmetic", name=f"references[{index}]")
+        source = SourceSpec.model_construct(model=reference.model)
+        # no rank of merged adapters: a reference is looked at as it is
+        update = {"models": (source,), "methods": (spec,), "merge_method": None, "space": None}
+        only = recipe.model_copy(update={**update, "output": PreviewOutputSpec()})
+        try:
+            (plans[index],) = plan_methods(only, recipe_dir)
+        except PlanError as error:
+            problems += error.problems
+    if problems:
+        raise PlanError(problems)
+    return plans
 
 
 def curvature_plan(recipe: PreviewRecipe, recipe_dir: Path | None = None) -> MergePlan:

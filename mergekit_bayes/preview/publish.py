@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +15,11 @@ from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.fitted import fit_scores
 from mergekit_bayes.preview.folder import FRONT_NAME, PreviewFolder
 from mergekit_bayes.preview.plans import MethodPlan
-from mergekit_bayes.preview.references import against_references
+from mergekit_bayes.preview.references import ReferenceRun, against_references, reference_runs
 from mergekit_bayes.preview.results import TIERS, Array, Point, Scale, front_of, number, points_as_data, scores_of
 from mergekit_bayes.preview.summary import summary_of
 from mergekit_bayes.preview.sweep import Group
+from mergekit_bayes.preview.table import points_table
 from mergekit_bayes.recipe.preview import PreviewRecipe
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def publish(found: Found, folder: PreviewFolder) -> tuple[dict[str, Any], str]:
     fits = _fit(found, points, scale) if "fitted" in found.recipe.fidelity else None
     content = _content(found, points, scale, corners, fits)
     folder.write(FRONT_NAME, json.dumps(content, indent=1) + "\n")
-    folder.write("points.csv", _table(points, found.recipe.task_names, len(found.recipe.models)))
+    folder.write("points.csv", points_table(points, found.recipe.task_names, len(found.recipe.models)))
     _draw(content, folder)
     return content, summary_of(content, str(folder.path))
 
@@ -97,7 +96,7 @@ def _points(found: Found) -> tuple[list[Point], tuple[Array, Array] | None]:
                 continue
             scores = scores_of(found.recipe, record)
             if group.needed:
-                corners[mix] = scores
+                corners |= {mix: scores} if group.is_corner else {}
                 continue
             point = by_place[group.method.title, mix]
             point.seconds, point.error = record.get("seconds"), record.get("error")
@@ -160,6 +159,7 @@ def _content(
     recipe, names = found.recipe, found.recipe.task_names
     tiers = [tier for tier in TIERS if any(tier in point.gains for point in points)]
     fronts = {tier: front_of(points, tier, names) for tier in tiers}
+    runs = reference_runs(recipe, found.groups, found.records)
     folders = [source.places[0] for source in found.plans[0].plan.sources]
     from mergekit_bayes import __version__
 
@@ -189,9 +189,9 @@ def _content(
         "skipped": _skipped(found),
         "surrogate": _about_predictions(found),
         "fitted": fits,
-        "references": against_references(recipe, points, scale, tiers),
-        "costs": _costs(found, [source_seconds(folder) for folder in folders]),
-        "notes": _notes(found, points, scale),
+        "references": against_references(runs, points, recipe=recipe, scale=scale, tiers=tiers),
+        "costs": _costs(found, [source_seconds(folder) for folder in folders], runs),
+        "notes": [*_notes(found, points, scale), *_failed_references(runs)],
         "points": points_as_data(points, names),
     }
 
@@ -208,8 +208,8 @@ def _skipped(found: Found) -> int:
     """Mixes of the design that were not evaluated, for want of budget or time."""
     if not found.groups:
         return 0
-    chosen = sum(len(group.mixes) for group in found.groups if not group.needed)
-    return len(found.mixes) * len(found.plans) - chosen + _missing(found)
+    there = sum(key in found.records for group in found.groups if not group.needed for key in group.keys)
+    return len(found.mixes) * len(found.plans) - there
 
 
 def _about_predictions(found: Found) -> dict[str, Any] | None:
@@ -225,7 +225,7 @@ def _about_predictions(found: Found) -> dict[str, Any] | None:
     }
 
 
-def _costs(found: Found, sources: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _costs(found: Found, sources: Sequence[Mapping[str, float]], runs: Sequence[ReferenceRun]) -> dict[str, Any]:
     evaluated = sum(
         float(record.get("seconds", 0.0))
         for group in found.groups
@@ -237,7 +237,7 @@ def _costs(found: Found, sources: Sequence[Mapping[str, float]]) -> dict[str, An
         surrogate=found.seconds.get("surrogate"),
         evaluated=evaluated,
         mixes=len(found.mixes),
-        reference_minutes=[reference.minutes for reference in found.recipe.references],
+        reference_minutes=[run.minutes for run in runs],
     )
 
 
@@ -271,27 +271,13 @@ def _notes(found: Found, points: Sequence[Point], scale: Scale | None) -> list[s
     return notes
 
 
-def _table(points: Sequence[Point], tasks: Sequence[str], sources: int) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    tiers = [tier for tier in TIERS if any(tier in point.gains for point in points)]
-    head = ["method", *(f"weight_{index + 1}" for index in range(sources))]
-    for tier in tiers:
-        head += [
-            *(f"{tier}_{task}" for task in tasks),
-            *(f"{tier}_{task}_normalised" for task in tasks),
-            f"{tier}_dominated",
-        ]
-    writer.writerow([*head, "seconds", "error"])
-    for point in points:
-        row: list[object] = [point.method, *point.mix]
-        for tier in tiers:
-            blank = np.full(len(tasks), np.nan)
-            values = [*point.scores.get(tier, blank), *point.gains.get(tier, blank)]
-            row += [number(value) if number(value) is not None else "" for value in values]
-            row.append(point.dominated.get(tier, ""))
-        writer.writerow([*row, "" if point.seconds is None else point.seconds, point.error or ""])
-    return text.getvalue()
+def _failed_references(runs: Sequence[ReferenceRun]) -> list[str]:
+    """References that were to be evaluated and have no scores."""
+    return [
+        f"reference {run.name} {f'could not be evaluated: {run.error}' if run.error else 'was not evaluated'}"
+        for run in runs
+        if not np.isfinite(run.scores).all()
+    ]
 
 
 def _draw(content: Mapping[str, Any], folder: PreviewFolder) -> None:

@@ -17,7 +17,7 @@ from mergekit_bayes.preview.cache import EvaluationCache
 from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.designs import mixes_of
 from mergekit_bayes.preview.folder import PreviewFolder
-from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods
+from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods, plan_references
 from mergekit_bayes.preview.publish import Found, publish
 from mergekit_bayes.preview.sweep import Group
 from mergekit_bayes.recipe import load_recipe
@@ -107,6 +107,7 @@ def preview(
     if processes.leader:
         folder.check()
     plans = plan_methods(loaded, options.recipe_dir)
+    plan_references(loaded, options.recipe_dir)  # refused now, not after the posteriors have predicted
     with ExitStack() as stack:
         stack.enter_context(processes.together())
         stack.enter_context(folder.held(loaded.resolved()) if processes.leader else nullcontext())

@@ -23,13 +23,20 @@ class Group:
         method: of all of them.
         mixes: in the order in which they share a batch.
         keys: of their records.
-        needed: whether it is evaluated whatever the budget says: base and experts.
+        needed: whether it is evaluated whatever the budget says: base and experts, and references.
+        reference: the place of the reference that it is; None for others.
     """
 
     method: MethodPlan
     mixes: tuple[Mix, ...]
     keys: tuple[str, ...]
     needed: bool = False
+    reference: int | None = None
+
+    @property
+    def is_corner(self) -> bool:
+        """Whether it is of base and experts."""
+        return self.needed and self.reference is None
 
 
 def groups_of(

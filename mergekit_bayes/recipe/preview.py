@@ -170,13 +170,15 @@ class ReferenceSpec(Spec):
     Attributes:
         name: what plots and tables call it.
         weights: the mix it stands for, one weight per model; None for none.
-        scores: by the names of tasks, in their metric.
-        minutes: what it cost; None if that is not known.
+        scores: by the names of tasks, in their metric; empty where `model` is evaluated.
+        model: what the run made, a checkpoint or adapter of the same base, scored like the mixes; None for `scores`.
+        minutes: what it cost; None for what the folder of `model` says, if anything.
     """
 
     name: Annotated[str, checked(field.text)]
     weights: Annotated[tuple[float, ...] | None, checked(field.optional(field.several(field.number)))] = None
-    scores: Annotated[Entries[float], checked(field.entries(field.number))]
+    scores: Annotated[Entries[float], checked(field.entries(field.number))] = Entries()
+    model: Annotated[str | None, checked(field.optional(model_reference))] = None
     minutes: Annotated[float | None, checked(field.optional(field.positive))] = None
 
 

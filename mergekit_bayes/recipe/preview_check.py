@@ -145,9 +145,10 @@ def _reference_problems(data: _Data) -> Iterator[Problem]:
     ]
     for index, reference in _mappings(data, "references"):
         scores, weights = reference.get("scores"), reference.get("weights")
-        if isinstance(scores, Mapping) and set(scores) != set(tasks):
+        yield from _scored_once(index, reference, evaluated="evaluated" in _fidelities(data))
+        if isinstance(scores, Mapping) and scores and set(scores) != set(tasks):
             listing = one_of([str(task) for task in tasks], "and") if tasks else "none"
-            message = f"has scores of {one_of(list(scores), 'and') if scores else 'nothing'}; the tasks are {listing}."
+            message = f"has scores of {one_of(list(scores), 'and')}; the tasks are {listing}."
             yield Problem(("references", index, "scores"), message)
         if isinstance(weights, list | tuple) and models and len(weights) != len(models):
             message = f"{len(weights)} weights for {len(models)} models; expected one for each."
@@ -162,6 +163,23 @@ def _reference_problems(data: _Data) -> Iterator[Problem]:
             )
     if "fitted" in _fidelities(data) and "evaluated" not in _fidelities(data):
         yield Problem(("fidelity",), "`fitted` is fitted to evaluated mixes; add `evaluated`.")
+
+
+def _scored_once(index: int, reference: _Data, *, evaluated: bool) -> Iterator[Problem]:
+    """What is wrong with where the scores of a reference come from."""
+    scores, model = reference.get("scores"), reference.get("model")
+    if not scores and model is None:
+        yield Problem(("references", index), "has neither `scores`, one for every task, nor a `model` to evaluate.")
+    if scores and model is not None:
+        yield Problem(
+            ("references", index, "scores"), "beside a `model` that is evaluated; keep one of them.", at_key=True
+        )
+    if model is not None and not evaluated:
+        yield Problem(
+            ("references", index, "model"),
+            "is evaluated; add `evaluated` to `fidelity`, or give `scores`.",
+            at_key=True,
+        )
 
 
 def _foreign(place: Place, name: str) -> str | None:
@@ -183,7 +201,6 @@ _WORDING = Wording(
         "eval": "list what to evaluate on, each `- path: ...`.",
         "path": "name a file, a folder or a hub id.",
         "name": "every reference has a name.",
-        "scores": "a reference has one score for every task.",
     },
     foreign=_foreign,
     stand_ins={"eval": frozenset({"path", "file", "files", "test", "validation"})},

@@ -10,7 +10,7 @@ import pytest
 from mergekit_bayes.merge.schemas import method_schemas
 from mergekit_bayes.preview.design import lattice
 from mergekit_bayes.preview.fitted import fit_scores
-from mergekit_bayes.preview.references import against_references
+from mergekit_bayes.preview.references import against_references, reference_runs
 from mergekit_bayes.preview.results import Point, Scale
 from mergekit_bayes.preview.run import preview
 from mergekit_bayes.recipe import load_recipe
@@ -61,7 +61,8 @@ def reference_report(recipe: Recipes, scores: list[list[float]]) -> dict[str, ob
     points = [
         Point("m", mix, scores={"evaluated": bowls(mix)}, gains={"evaluated": scale.gains(bowls(mix))}) for mix in MIXES
     ]
-    found = against_references(loaded, points, scale, ["evaluated"])
+    runs = reference_runs(loaded, [], {})
+    found = against_references(runs, points, recipe=loaded, scale=scale, tiers=["evaluated"])
     report: dict[str, object] = found["tiers"]["evaluated"]["m"]
     return report
 

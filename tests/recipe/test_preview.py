@@ -18,6 +18,7 @@ SMALL: dict[str, Any] = {
     "methods": ["task_arithmetic", {"merge_method": "posterior", "name": "rule", "precision": {"prior": 0.5}}],
     "tasks": [{"data": "code.txt"}, {"data": {"eval": ["docs.txt"], "max_length": 64}, "metric": "accuracy"}],
 }
+RUN: dict[str, Any] = {"name": "run", "model": "tuned/both", "weights": [0.5, 0.5], "minutes": 3.0}
 
 
 def load(**changes: Any) -> PreviewRecipe:
@@ -47,7 +48,12 @@ def test_defaults_and_shorthands() -> None:
 
 
 def test_a_resolved_recipe_reads_back_to_itself() -> None:
-    for recipe in (load(), load(design={"kind": "random", "points": 3}), load(merge_method="linear", methods=None)):
+    for recipe in (
+        load(),
+        load(design={"kind": "random", "points": 3}),
+        load(merge_method="linear", methods=None),
+        load(references=[RUN]),
+    ):
         again = load_recipe(recipe.resolved(), expect=PreviewRecipe, methods=method_schemas())
         assert again == recipe
 
@@ -109,6 +115,15 @@ def test_every_problem_is_reported_at_its_place() -> None:
         ({"fidelity": ["surrogate", "fitted"]}, "`fitted` is fitted to evaluated mixes"),
         ({"fidelity": "surogate"}, "Did you mean `surrogate`?"),
         ({"references": [{"name": "run", "scores": {"code": 1.0}}]}, "the tasks are `code` and `docs`"),
+        ({"references": [{"name": "run"}]}, "references[0]: has neither `scores`, one for every task, nor a `model`"),
+        (
+            {"references": [{"name": "run", "model": "both", "scores": {"code": 1.0, "docs": 2.0}}]},
+            "references[0].scores: beside a `model` that is evaluated",
+        ),
+        (
+            {"references": [{"name": "run", "model": "both"}], "fidelity": "surrogate"},
+            "references[0].model: is evaluated; add `evaluated` to `fidelity`",
+        ),
         (
             {"references": [{"name": "run", "scores": {"code": 1.0, "docs": 2.0}, "weights": [1]}]},
             "references[0].weights: 1 weights for 2 models",
