@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -83,7 +83,7 @@ class Evaluation:
         Returns:
             All groups, base and experts first, then references, evaluated or not.
         """
-        budget, began = self.recipe.budget, time.monotonic()
+        budget, began = self.recipe.budget, monotonic()
         designs = [mixes] * len(self.plans)
         first = within_budget(designs, self._first(len(mixes)))
         groups = [*self._needed(), *self._groups(first)]
@@ -91,12 +91,12 @@ class Evaluation:
         total = sum(len(group.mixes) for group in groups) + (later if self.recipe.design.adaptive else 0)
         with self._evaluations, follow(math.ceil(total / self.processes.count), show=show) as report:
 
+            def late() -> bool:
+                return budget.minutes is not None and monotonic() - began > 60 * budget.minutes
+
             def carry_out(some: Sequence[Group]) -> None:
-                left = None if budget.minutes is None else budget.minutes - (time.monotonic() - began) / 60
                 share = (self.processes.rank, self.processes.count)
-                run_groups(
-                    some, self._evaluations, self.cache, share=share, minutes=left, stopped=stopped, report=report
-                )
+                run_groups(some, self._evaluations, self.cache, share=share, late=late, stopped=stopped, report=report)
                 self.processes.barrier()
 
             carry_out(groups)

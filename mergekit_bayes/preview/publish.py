@@ -249,7 +249,7 @@ def _notes(found: Found, points: Sequence[Point], scale: Scale | None) -> list[s
         where = f"{first.method} at {', '.join(f'{weight:g}' for weight in first.mix)}"
         notes.append(f"{len(failed)} mixes could not be evaluated; the first is {where}: {first.error}")
     if skipped := _skipped(found):
-        notes.append(f"{skipped} mixes of the design were not evaluated")
+        notes.append(f"{skipped} mixes of the design were not evaluated{_out_of_time(found)}")
     for task in [] if scale is None else scale.hopeless:
         notes.append(f"{names[task]}: its expert is no better than the base in it, so its scale says little")
     if "fitted" in found.recipe.fidelity and not any("fitted" in p.gains for p in points):
@@ -269,6 +269,14 @@ def _notes(found: Found, points: Sequence[Point], scale: Scale | None) -> list[s
     if nan:
         notes.append(f"{nan} predictions are no numbers: a precision is not positive there")
     return notes
+
+
+def _out_of_time(found: Found) -> str:
+    """How many mixes were chosen and then not begun because the minutes were over."""
+    minutes, late = found.recipe.budget.minutes, _missing(found)
+    if minutes is None or found.stopped or not late:
+        return ""
+    return f", {late} of them because `budget.minutes: {minutes:g}` was over; the same call goes on with these"
 
 
 def _failed_references(runs: Sequence[ReferenceRun]) -> list[str]:

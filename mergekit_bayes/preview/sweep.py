@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +89,7 @@ def run_groups(
     cache: EvaluationCache,
     *,
     share: tuple[int, int] = (0, 1),
-    minutes: float | None = None,
+    late: Callable[[], bool] = lambda: False,
     stopped: Callable[[], bool] = lambda: False,
     report: Report = lambda _: None,
 ) -> None:
@@ -101,16 +100,14 @@ def run_groups(
         evaluations: does the work.
         cache: where records are.
         share: this process and the number of all; each takes every so-many-th group.
-        minutes: after which no group is begun, unless it is needed.
+        late: whether the time is over, so that no group is begun unless it is needed; looked at before each.
         stopped: whether somebody asked to stop; looked at between groups.
         report: told the number of mixes after every group.
     """
     rank, world = share
     known = {key for key, record in cache.read().items() if "error" not in record}
-    began = time.monotonic()
     for group in [group for index, group in enumerate(groups) if index % world == rank]:
-        late = minutes is not None and time.monotonic() - began > 60 * minutes
-        if stopped() or (late and not group.needed):
+        if stopped() or (not group.needed and late()):
             continue
         if not known.issuperset(group.keys):
             found = evaluations.evaluate(group.method, group.mixes)

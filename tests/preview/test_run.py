@@ -193,6 +193,41 @@ def test_a_budget_keeps_what_covers_the_design_and_says_what_it_skips(recipe: Re
     assert any("4 mixes of the design were not evaluated" in note for note in front["notes"])
 
 
+def test_minutes_end_a_sweep_that_says_what_it_skipped_and_goes_on(
+    recipe: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergekit_bayes.preview import evaluation
+    from mergekit_bayes.preview.evaluators import Evaluations
+
+    minutes = [0.0]
+    evaluate = Evaluations.evaluate
+
+    def slow(self: Evaluations, method: Any, mixes: Any) -> Any:
+        minutes[0] += len(mixes)  # every mix takes a minute of this clock
+        return evaluate(self, method, mixes)
+
+    monkeypatch.setattr(Evaluations, "evaluate", slow)
+    monkeypatch.setattr(evaluation, "monotonic", lambda: 60 * minutes[0])
+    content = recipe(
+        methods=["task_arithmetic", "posterior"],
+        evaluation={"mixes_per_batch": 1},
+        budget={"minutes": 5.5},
+        fidelity="evaluated",
+    )
+    front = run(content, tmp_path / "out").front
+    # base and experts take three minutes, and three mixes are begun before the time is over, the methods in turn
+    done = [(p["method"], p["weights"]) for p in front["points"] if "evaluated" in p and 1.0 not in p["weights"]]
+    assert done == [("task_arithmetic", [0.5, 0.5]), ("posterior", [0.5, 0.5])]
+    assert minutes[0] == 6
+    skipped = sum("evaluated" not in point for point in front["points"])
+    assert (front["complete"], front["skipped"]) == (False, skipped)
+    reason = f"{skipped} of them because `budget.minutes: 5.5` was over"
+    assert any(f"{skipped} mixes of the design were not evaluated, {reason}" in note for note in front["notes"])
+    again = run({**content, "budget": {"minutes": 60}}, tmp_path / "out").front
+    assert (again["complete"], minutes[0]) == (True, 6 + skipped)
+    assert len(again["points"]) == sum("evaluated" in point for point in again["points"])
+
+
 def test_an_adaptive_design_spends_its_budget_where_the_front_grows(recipe: Recipes, tmp_path: Path) -> None:
     content = recipe(
         methods=["task_arithmetic", "posterior"],
