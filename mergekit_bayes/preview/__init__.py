@@ -12,6 +12,7 @@
     front.py, results.py            what is dominated, hypervolume, knee, max-min; points as data
     polynomial.py                   polynomials of the weights, fitted to scores
     references.py                   how far all that is from real runs
+    page.py                         the front as a page to look around in
     figures.py, table.py, summary.py, costs.py, publish.py, folder.py   what is written and shown
     pick.py                         from a point of the front to its merge recipe
     run.py, describe.py             from a recipe to a folder; what that will be

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mergekit_bayes.errors import MergekitBayesError
 from mergekit_bayes.preview.designs import design_size
+from mergekit_bayes.preview.page import check_page
 from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods, plan_references
 from mergekit_bayes.recipe.preview import PreviewRecipe
 
@@ -16,8 +17,10 @@ def describe(recipe: PreviewRecipe, recipe_dir: Path | None = None) -> str:
     """The plan of a preview, for a terminal.
 
     Raises:
+        RecipeError: something that the recipe asks for is not installed.
         PlanError: recipe and sources do not fit; every problem at once.
     """
+    check_page(recipe)
     folder = recipe.folder if recipe_dir is None else recipe_dir
     plans = plan_methods(recipe, folder)
     references = len(plan_references(recipe, folder))

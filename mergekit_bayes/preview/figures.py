@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from mergekit_bayes.preview.results import TIERS
 
-__all__ = ["draw"]
+__all__ = ["COLOURS", "WORDS", "draw", "gains_of", "placed_scores", "points_of"]
 
 Array: TypeAlias = NDArray[np.float64]
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Of methods, in order (Okabe and Ito 2008)."""
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
-_WORDS = {"evaluated": "", "fitted": "", "surrogate": " (predicted)"}
+WORDS = {"evaluated": "", "fitted": "", "surrogate": " (predicted)"}
+"""What axes add to a tier's gains."""
 
 
 def draw(content: Mapping[str, Any], path: Path, *, suffix: str) -> None:
@@ -54,11 +56,13 @@ def draw(content: Mapping[str, Any], path: Path, *, suffix: str) -> None:
         figure.savefig(path, format=suffix, metadata=metadata)
 
 
-def _points(content: Mapping[str, Any], method: str, tier: str) -> list[Mapping[str, Any]]:
+def points_of(content: Mapping[str, Any], method: str, tier: str) -> list[Mapping[str, Any]]:
+    """The points of one method that have scores of a tier."""
     return [point for point in content["points"] if point["method"] == method and tier in point]
 
 
-def _gains(points: Sequence[Mapping[str, Any]], tier: str, tasks: Sequence[str]) -> Array:
+def gains_of(points: Sequence[Mapping[str, Any]], tier: str, tasks: Sequence[str]) -> Array:
+    """What points gain, shape (points, tasks): 0 is the base, 1 the task's expert; NaN where there is no number."""
     values = [[point[tier]["normalised"][task] for task in tasks] for point in points]
     return np.array(values, dtype=np.float64).reshape(len(points), len(tasks))
 
@@ -68,17 +72,17 @@ def _curves(axes: Any, content: Mapping[str, Any], tier: str, pair: tuple[int, i
     tasks = [task["name"] for task in content["tasks"]]
     chosen = [tasks[pair[0]], tasks[pair[1]]]
     for index, method in enumerate(content["methods"]):
-        points = _points(content, method, tier)
-        gains = _gains(points, tier, chosen)
+        points = points_of(content, method, tier)
+        gains = gains_of(points, tier, chosen)
         best = np.array([point[tier]["dominated"] is False for point in points], dtype=bool)
-        style = {"marker": _MARKS[index % len(_MARKS)], "linestyle": "none", "color": _COLOURS[index % len(_COLOURS)]}
+        style = {"marker": _MARKS[index % len(_MARKS)], "linestyle": "none", "color": COLOURS[index % len(COLOURS)]}
         axes.plot(*gains[~best].T, markersize=3.5, alpha=0.3, **style)
         order = np.argsort(gains[best][:, 0])
         axes.plot(*gains[best][order].T, markersize=5, label=method, **style)
         if len(tasks) == 2:
             axes.plot(*gains[best][order].T, color=style["color"], linewidth=1, alpha=0.6)
     _marks(axes, content, tier, pair)
-    words = _WORDS[tier]
+    words = WORDS[tier]
     axes.set_xlabel(f"{chosen[0]}{words}: 0 base, 1 expert", fontsize=9)
     axes.set_ylabel(f"{chosen[1]}{words}", fontsize=9, labelpad=1)
     axes.tick_params(labelsize=8)
@@ -90,18 +94,18 @@ def _marks(axes: Any, content: Mapping[str, Any], tier: str, pair: tuple[int, in
     """The base, the experts and the references."""
     axes.plot(0, 0, marker="*", markersize=12, color="#555555", linestyle="none", label="base")
     if tier != "surrogate" and content["experts"]:
-        named = zip(content["tasks"], _placed(content, list(content["experts"].values())), strict=False)
+        named = zip(content["tasks"], placed_scores(content, list(content["experts"].values())), strict=False)
         for index, (_, gains) in enumerate(named):
             label = "experts" if index == 0 else None
             axes.plot(*gains[list(pair)], marker="*", markersize=12, color="#e69f00", linestyle="none", label=label)
     references = [reference["scores"] for reference in content.get("references", {}).get("runs", [])]
-    for index, gains in enumerate(_placed(content, references) if tier != "surrogate" else []):
+    for index, gains in enumerate(placed_scores(content, references) if tier != "surrogate" else []):
         label = "reference runs" if index == 0 else None
         axes.plot(*gains[list(pair)], marker="x", markersize=7, color="#000000", linestyle="none", label=label)
 
 
-def _placed(content: Mapping[str, Any], scores: Sequence[Mapping[str, float | None]]) -> Array:
-    """Scores of models on the scale of base and experts."""
+def placed_scores(content: Mapping[str, Any], scores: Sequence[Mapping[str, float | None]]) -> Array:
+    """Scores of models on the scale of base and experts, shape (models, tasks); NaN where there is no such scale."""
     tasks = content["tasks"]
     rows = np.array([[row[task["name"]] for task in tasks] for row in scores], dtype=np.float64)
     if content["base"] is None or not len(rows):
@@ -120,7 +124,7 @@ def _three(figure: Any, content: Mapping[str, Any], tier: str) -> None:
 
     tasks = [task["name"] for task in content["tasks"]]
     method = max(content["tiers"][tier]["methods"].items(), key=lambda item: item[1]["hypervolume"])[0]
-    points = [point for point in _points(content, method, tier) if abs(sum(point["weights"]) - 1) < 1e-9]
+    points = [point for point in points_of(content, method, tier) if abs(sum(point["weights"]) - 1) < 1e-9]
     mapped = len(content["models"]) == 3 and len(points) >= 4
     for column, task in enumerate(tasks if mapped else []):
         axes = figure.add_axes((0.05 + 0.325 * column, 0.6, 0.19, 0.28), projection="ternary")
@@ -130,7 +134,7 @@ def _three(figure: Any, content: Mapping[str, Any], tier: str) -> None:
     for column, pair in enumerate(((0, 1), (1, 2), (2, 0))):
         _curves(figure.add_axes((0.085 + 0.325 * column, 0.15, 0.23, top - 0.15)), content, tier, pair)
     if mapped:
-        title = f"{method}: share of each expert's gain{_WORDS[tier]} over the weights; below, all mixes"
+        title = f"{method}: share of each expert's gain{WORDS[tier]} over the weights; below, all mixes"
         figure.suptitle(title, fontsize=10)
     _legend(figure)
 
@@ -139,7 +143,7 @@ def _map(
     axes: Any, beside: Any, content: Mapping[str, Any], points: Sequence[Mapping[str, Any]], tier: str, task: str
 ) -> None:
     weights = np.array([point["weights"] for point in points]).T
-    values = _gains(points, tier, [task])[:, 0]
+    values = gains_of(points, tier, [task])[:, 0]
     known = np.isfinite(values)
     if known.sum() < 4:
         return
@@ -165,15 +169,15 @@ def _parallel(axes: Any, content: Mapping[str, Any], tier: str) -> None:
     """One line per point of the front, across all tasks."""
     tasks = [task["name"] for task in content["tasks"]]
     for index, method in enumerate(content["methods"]):
-        points = [point for point in _points(content, method, tier) if point[tier]["dominated"] is False]
-        colour = _COLOURS[index % len(_COLOURS)]
-        for place, gains in enumerate(_gains(points, tier, tasks)):
+        points = [point for point in points_of(content, method, tier) if point[tier]["dominated"] is False]
+        colour = COLOURS[index % len(COLOURS)]
+        for place, gains in enumerate(gains_of(points, tier, tasks)):
             axes.plot(
                 range(len(tasks)), gains, color=colour, alpha=0.5, linewidth=1, label=method if not place else None
             )
     axes.axhline(0, color="#555555", linewidth=1, linestyle="--", label="base")
     axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylabel(f"gain{_WORDS[tier]}: 0 base, 1 expert")
+    axes.set_ylabel(f"gain{WORDS[tier]}: 0 base, 1 expert")
     axes.grid(visible=True, axis="x", alpha=0.5)
 
 

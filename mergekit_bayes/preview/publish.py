@@ -14,6 +14,7 @@ from mergekit_bayes.preview.costs import cost_table, source_seconds
 from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.fitted import fit_scores
 from mergekit_bayes.preview.folder import FRONT_NAME, PreviewFolder
+from mergekit_bayes.preview.page import write_page
 from mergekit_bayes.preview.plans import MethodPlan
 from mergekit_bayes.preview.references import ReferenceRun, against_references, reference_runs
 from mergekit_bayes.preview.results import TIERS, Array, Point, Scale, front_of, number, points_as_data, scores_of
@@ -80,7 +81,9 @@ def publish(found: Found, folder: PreviewFolder) -> tuple[dict[str, Any], str]:
     folder.write(FRONT_NAME, json.dumps(content, indent=1) + "\n")
     folder.write("points.csv", points_table(points, found.recipe.task_names, len(found.recipe.models)))
     _draw(content, folder)
-    return content, summary_of(content, str(folder.path))
+    if found.recipe.output.html:
+        folder.make("front.html", partial(write_page, content))
+    return content, summary_of(content, str(folder.path), page=found.recipe.output.html)
 
 
 def _points(found: Found) -> tuple[list[Point], tuple[Array, Array] | None]:

@@ -17,6 +17,7 @@ from mergekit_bayes.preview.cache import EvaluationCache
 from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.designs import mixes_of
 from mergekit_bayes.preview.folder import PreviewFolder
+from mergekit_bayes.preview.page import check_page
 from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods, plan_references
 from mergekit_bayes.preview.publish import Found, publish
 from mergekit_bayes.preview.sweep import Group
@@ -102,6 +103,7 @@ def preview(
         raise RecipeError(loaded.describe(("output", "path"), hint))
     options = _Options(progress, loaded.folder if recipe_dir is None else recipe_dir, tables, evaluators or {})
     _check_evaluators(loaded, options.evaluators)
+    check_page(loaded)
     folder = PreviewFolder(Path(target), overwrite=overwrite)
     processes = Processes.from_environment()
     if processes.leader:

@@ -14,15 +14,16 @@ _TIER_WORDS = {
 }
 
 
-def summary_of(content: Mapping[str, Any], folder: str) -> str:
+def summary_of(content: Mapping[str, Any], folder: str, *, page: bool = False) -> str:
     """The fronts of all tiers, the costs and the notes.
 
     Args:
         content: of front.json.
         folder: where it lies.
+        page: whether an interactive page is there.
     """
     tasks = [task["name"] for task in content["tasks"]]
-    lines = [f"{folder}: front.json, points.csv, front.png, front.svg"]
+    lines = [f"{folder}: front.json, points.csv, front.png, front.svg{', front.html' if page else ''}"]
     for tier, front in content["tiers"].items():
         lines += ["", f"{_TIER_WORDS[tier]}; 0 is the base, 1 the expert of each task ({', '.join(tasks)})"]
         for method, measures in front["methods"].items():

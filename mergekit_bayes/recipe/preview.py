@@ -188,10 +188,12 @@ class PreviewOutputSpec(Spec):
     Attributes:
         path: the folder; the command line's OUT wins over it.
         rank: rank of merged adapters in product space; None keeps the exact stack.
+        html: whether to write an interactive page as well, which needs plotly.
     """
 
     path: Annotated[str | None, checked(field.optional(field.text))] = None
     rank: Annotated[int | None, checked(field.optional(field.integer(1)))] = None
+    html: Annotated[bool, checked(field.boolean)] = False
 
 
 class PreviewRecipe(Recipe):
