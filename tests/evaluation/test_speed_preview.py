@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,7 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert set(results["evaluations"]["of_plain"]) == {"together", "plain adapter", "merge, then forward"}
     assert results["evaluations"]["of_plain"]["plain adapter"] == 1.0
     assert results["predictions"]["mixes"] == 15
+    if (os.cpu_count() or 1) > 1:
+        assert results["processes"]["same_numbers"] is True
+        assert min(results["processes"]["per_second"].values()) > 0
+        assert "| two processes, evaluations per second over those of one |" in page
