@@ -133,7 +133,10 @@ recipes = mapping(
 
 
 def settled(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe without contradictions: each key that one is reported at is removed, each that is missing is added."""
+    """A recipe without contradictions: each key that one is reported at is removed, each that is missing is added.
+
+    What would be without effect goes too, because it is not written out.
+    """
     added: dict[Any, object] = {"weight": 1.0, "min_lr_rate": 0.5}
     while problems := consistency_problems(recipe):
         *around, key = Places(data=recipe).as_written(problems[0].path)
@@ -146,6 +149,9 @@ def settled(recipe: dict[str, Any]) -> dict[str, Any]:
             del node[key]
         else:
             node[key] = added[key]
+    training = recipe.get("training") or {}
+    if training.get("max_steps", -1) > 0:
+        training.pop("num_train_epochs", None)  # without effect, so it is not written out
     return recipe
 
 
