@@ -77,7 +77,12 @@ class Source:
 
 
 def merge(
-    method: Method, knob: float, base: Mapping[str, Tensor], tasks: Sequence[Sequence[Source]]
+    method: Method,
+    knob: float,
+    base: Mapping[str, Tensor],
+    tasks: Sequence[Sequence[Source]],
+    *,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """Merge every tensor by its kernel.
 
@@ -86,32 +91,35 @@ def merge(
         knob: a value of what it tunes.
         base: tensors by name.
         tasks: components of every task.
+        weights: one per task, in place of the method's own.
 
     Returns:
         The merged tensors by name.
     """
     prior = knob * mean_curvature(base, tasks) if method.knob == "prior" else 1.0
-    return {name: _merge_tensor(method, knob, prior, name, base[name], tasks) for name in base}
-
-
-def _merge_tensor(
-    method: Method, knob: float, prior: float, name: str, base: Tensor, tasks: Sequence[Sequence[Source]]
-) -> Tensor:
-    weight = knob if method.knob == "weight" else method.weight
-    sources = [[_posterior(source, name, prior) for source in task] for task in tasks]
-    posteriors = [task[0] if len(method.components) == 1 else mixed(task) for task in sources]
-    each = 1 / len(tasks) if weight is None else weight
+    if weights is None:
+        weight = knob if method.knob == "weight" else method.weight
+        weights = [1 / len(tasks) if weight is None else weight] * len(tasks)
     options = {**method.options, **({method.knob: knob} if method.knob in ("scale", "lambda") else {})}
-    return run_kernel(method.kernel, Isotropic(base, prior), posteriors, each, options)
+    merged = {}
+    for name, value in base.items():
+        posteriors = _posteriors(method, name, prior, tasks)
+        merged[name] = run_kernel(method.kernel, Isotropic(value, prior), posteriors, weights, options)
+    return merged
+
+
+def _posteriors(method: Method, name: str, prior: float, tasks: Sequence[Sequence[Source]]) -> list[Posterior]:
+    sources = [[_posterior(source, name, prior) for source in task] for task in tasks]
+    return [task[0] if len(method.components) == 1 else mixed(task) for task in sources]
 
 
 def run_kernel(
-    name: str, base: Posterior, sources: Sequence[Posterior], weight: float, options: Mapping[str, object]
+    name: str, base: Posterior, sources: Sequence[Posterior], weights: Sequence[float], options: Mapping[str, object]
 ) -> Tensor:
     """The mean that a registered method gives one tensor."""
     method = get_method(name)
-    weights = torch.tensor(method.effective_weights([weight] * len(sources), options))
-    merged = Merge.of(method.kernel(base, sources, weights, **method.kernel_options(options))).posterior.mean
+    effective = torch.tensor(method.effective_weights(list(weights), options))
+    merged = Merge.of(method.kernel(base, sources, effective, **method.kernel_options(options))).posterior.mean
     if not torch.isfinite(merged).all():
         raise SystemExit(f"{name}: the merge is not finite")
     return merged

@@ -88,7 +88,7 @@ def anchors(family: Family, place: Place, part: str) -> dict[str, dict[str, list
     for task in family.tasks:
         put(models[task], encoder_tensors(place, task))
         experts[task] = score_task(models[task], family.held_out(task, part))
-    return _keep(path, {"base": base, "experts": experts})  # type: ignore[no-any-return]
+    return keep(path, {"base": base, "experts": experts})  # type: ignore[no-any-return]
 
 
 def joint(family: Family, place: Place) -> dict[str, list[float]]:
@@ -99,7 +99,7 @@ def joint(family: Family, place: Place) -> dict[str, list[float]]:
     models = with_heads(family, place, joint=True)
     for model in dict.fromkeys(models.values()):
         put(model, encoder_tensors(place, JOINT))
-    return _keep(path, score(family, models, "test"))  # type: ignore[no-any-return]
+    return keep(path, score(family, models, "test"))  # type: ignore[no-any-return]
 
 
 def tune(family: Family, place: Place, name: str, method: Method) -> tuple[float, dict[str, float]]:
@@ -127,7 +127,7 @@ def scored(family: Family, place: Place, name: str, method: Method, knob: float,
     models = with_heads(family, place)
     for model in dict.fromkeys(models.values()):
         put(model, merged)
-    found = _keep(path, score(family, models, part))
+    found = keep(path, score(family, models, part))
     average = sum(sum(values) / len(values) for values in found.values()) / len(found)
     print(
         f"{place.family} {place.mode} {place.seed} {name} {knob:g} {part}: {average:.4f}, merged in {seconds:.1f} s",
@@ -137,10 +137,12 @@ def scored(family: Family, place: Place, name: str, method: Method, knob: float,
     return found
 
 
-def components(family: Family, place: Place, method: Method, experts: Experts) -> list[list[Source]]:
-    """What of every task enters the method: means, with curvatures where it takes them."""
+def components(
+    family: Family, place: Place, method: Method, experts: Experts, *, tasks: Sequence[str] | None = None
+) -> list[list[Source]]:
+    """What of every task of the family, or of these, enters the method: means, with curvatures where it takes them."""
     found = []
-    for task in family.tasks:
+    for task in tasks or family.tasks:
         parts = []
         for when in method.components:
             means = (experts.final if when == FINAL else experts.half)[task]
@@ -154,7 +156,8 @@ def held_out_sizes(family: Family, part: str) -> dict[str, int]:
     return {task: sum(len(batch["labels"]) for batch in family.held_out(task, part)) for task in family.tasks}
 
 
-def _keep(path: Path, found: Any) -> Any:
+def keep(path: Path, found: Any) -> Any:
+    """Write scores to their file, and give them back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(found))
