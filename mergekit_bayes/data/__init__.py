@@ -8,6 +8,7 @@
     evaluation_batches   every row once, over all processes
     deal                 some rows once, over all processes
     collate              rows -> tensors
+    misfit               why a model has no place for rows, if it has none
     packing_fault        why a model cannot learn packed rows, if it cannot
 
 Neither torch nor transformers nor datasets is imported before it is needed.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from mergekit_bayes.data.collate import collate
 from mergekit_bayes.data.deal import batches, deal, evaluation_batches, steps_per_epoch
 from mergekit_bayes.data.load import TrainingData, load_training_data
+from mergekit_bayes.data.misfit import misfit
 from mergekit_bayes.data.order import epoch_order, epoch_shares
 from mergekit_bayes.data.packing_fault import packing_fault
 from mergekit_bayes.data.report import DataReport, DatasetReport
@@ -39,6 +41,7 @@ __all__ = [
     "epoch_shares",
     "evaluation_batches",
     "load_training_data",
+    "misfit",
     "packing_fault",
     "steps_per_epoch",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_bayes.checkpoint.files import shown
-from mergekit_bayes.data import load_training_data, packing_fault
+from mergekit_bayes.data import load_training_data, misfit, packing_fault
 from mergekit_bayes.errors import DataError, MissingTensorError, ModelError
 from mergekit_bayes.estimate.rows import Feed
 from mergekit_bayes.model.tokens import load_tokenizer
@@ -80,17 +80,16 @@ def make_feed(recipe: PrecisionRecipe, loaded: LoadedModel, data: TrainingData, 
         DataError: a token, a position or packed rows that the model has no place for.
     """
     rows, name = data.train, recipe.model.path
-    if rows.largest_token >= loaded.vocabulary:
-        raise DataError(
-            f"model {shown(name)}: the data holds token {rows.largest_token}, the embedding has {loaded.vocabulary} "
-            "rows; expected the tokenizer of this model"
-        )
     longest = int(rows.lengths.max(initial=0))
-    if loaded.longest_row is not None and longest > loaded.longest_row:
-        raise DataError(
-            f"data.max_length: the longest row has {longest} tokens, {shown(name)} has places for "
-            f"{loaded.longest_row}; expected at most so many"
-        )
+    fault = misfit(
+        name,
+        largest_token=rows.largest_token,
+        longest=longest,
+        vocabulary=loaded.vocabulary,
+        longest_row=loaded.longest_row,
+    )
+    if fault is not None:
+        raise DataError(fault)
     if rows.packed:
         fault = packing_fault(loaded.model, vocabulary=rows.largest_token + 1, flatten=False)
         if fault is not None:

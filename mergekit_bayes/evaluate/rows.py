@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit_bayes.checkpoint.files import shown
-from mergekit_bayes.data import IGNORED, Row, Rows, Task, TrainingData, collate, load_training_data, packing_fault
+from mergekit_bayes.data import (
+    IGNORED,
+    Row,
+    Rows,
+    Task,
+    TrainingData,
+    collate,
+    load_training_data,
+    misfit,
+    packing_fault,
+)
 from mergekit_bayes.data.rows import Encoded, mixture
 from mergekit_bayes.errors import EvaluateError
 
@@ -94,17 +104,16 @@ def check_rows(rows: Rows, loaded: LoadedModel, name: str) -> None:
         EvaluateError: a token beyond the vocabulary, a row beyond the last position, or packed rows that would see each
             other.
     """
-    if rows.largest_token >= loaded.vocabulary:
-        raise EvaluateError(
-            f"model {shown(name)}: the data holds token {rows.largest_token}, the embedding has {loaded.vocabulary} "
-            "rows; expected the tokenizer of this model"
-        )
     longest = int(rows.lengths.max(initial=0))
-    if loaded.longest_row is not None and longest > loaded.longest_row:
-        raise EvaluateError(
-            f"data.max_length: the longest row has {longest} tokens, {shown(name)} has places for "
-            f"{loaded.longest_row}; expected at most so many"
-        )
+    fault = misfit(
+        name,
+        largest_token=rows.largest_token,
+        longest=longest,
+        vocabulary=loaded.vocabulary,
+        longest_row=loaded.longest_row,
+    )
+    if fault is not None:
+        raise EvaluateError(fault)
     if rows.packed:
         fault = packing_fault(loaded.model, vocabulary=rows.largest_token + 1, flatten=False)
         if fault is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_bayes.checkpoint.files import listed
-from mergekit_bayes.data import load_training_data, packing_fault
+from mergekit_bayes.data import load_training_data, misfit, packing_fault
 from mergekit_bayes.errors import FinetuneError
 from mergekit_bayes.finetune.checkpoints import Checkpoint
 from mergekit_bayes.finetune.engine import loading_device, shard, shards
@@ -190,18 +190,15 @@ def check_fit(recipe: FinetuneRecipe, loaded: LoadedModel, data: TrainingData) -
         FinetuneError: a token or a position the model has no place for, or weights that loss scaling cannot train.
     """
     everything = (data.train, *data.eval.values())
-    largest = max(rows.largest_token for rows in everything)
-    if largest >= loaded.vocabulary:
-        raise FinetuneError(
-            f"model {recipe.model.path}: the data holds token {largest}, the embedding has {loaded.vocabulary} rows; "
-            "expected the tokenizer of this model"
-        )
-    longest = max(int(rows.lengths.max(initial=0)) for rows in everything)
-    if loaded.longest_row is not None and longest > loaded.longest_row:
-        raise FinetuneError(
-            f"data.max_length: the longest row has {longest} tokens, {recipe.model.path} has places for "
-            f"{loaded.longest_row}; expected at most so many"
-        )
+    fault = misfit(
+        recipe.model.path,
+        largest_token=max(rows.largest_token for rows in everything),
+        longest=max(int(rows.lengths.max(initial=0)) for rows in everything),
+        vocabulary=loaded.vocabulary,
+        longest_row=loaded.longest_row,
+    )
+    if fault is not None:
+        raise FinetuneError(fault)
     trained = {parameter.dtype for parameter in loaded.model.parameters() if parameter.requires_grad}
     if recipe.training.fp16 and trained != {torch.float32}:
         raise FinetuneError("training.fp16: the loss is scaled for weights in float32; set `model.dtype: float32`")

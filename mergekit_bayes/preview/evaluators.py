@@ -19,7 +19,7 @@ from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.in_place import InPlace
 from mergekit_bayes.preview.plans import MethodPlan
 from mergekit_bayes.preview.stacked import StackedAdapters, can_stack
-from mergekit_bayes.preview.tasks import Scores, TaskData, check_packing, common_labels, load_tasks, score
+from mergekit_bayes.preview.tasks import Scores, TaskData, check_fit, common_labels, load_tasks, score
 from mergekit_bayes.recipe.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def load_ground(
         pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     model, _ = load_pretrained(loading)
-    check_packing(model, tasks)
+    check_fit(model, tasks, recipe.base_model)
     dtype = getattr(torch, spec.dtype)
     return Ground(model.eval().requires_grad_(False), tasks, device, dtype)
 

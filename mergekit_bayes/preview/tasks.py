@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mergekit_bayes.data import collate, load_training_data, packing_fault
+from mergekit_bayes.data import collate, load_training_data, misfit, packing_fault
 from mergekit_bayes.errors import EvaluateError
 from mergekit_bayes.evaluate import predict_next_tokens, predict_probabilities
+from mergekit_bayes.model.load import longest_row
 
 if TYPE_CHECKING:
     from mergekit_bayes.data import Rows
@@ -44,6 +45,7 @@ class TaskData:
         key: digest of everything that decides the score of a model.
         packed: whether rows hold several segments.
         largest_token: the highest token id.
+        longest: tokens of the longest row.
     """
 
     name: str
@@ -55,6 +57,7 @@ class TaskData:
     key: str
     packed: bool
     largest_token: int
+    longest: int
 
 
 def load_tasks(
@@ -97,7 +100,16 @@ def _task(spec: TaskSpec, name: str, rows: Rows, labels: tuple[str, ...] | None,
     batches = tuple(collate([rows[i] for i in part], pad_token_id=pad, task=rows.task) for part in parts)
     key = f"{rows.fingerprint}:{spec.max_rows}:{spec.metric}:{labels}"
     return TaskData(
-        name, spec.metric, batches, rows.task, labels, rows.num_units_of(ordered), key, rows.packed, rows.largest_token
+        name=name,
+        metric=spec.metric,
+        batches=batches,
+        task=rows.task,
+        labels=labels,
+        units=rows.num_units_of(ordered),
+        key=key,
+        packed=rows.packed,
+        largest_token=rows.largest_token,
+        longest=int(rows.lengths[chosen].max(initial=0)),
     )
 
 
@@ -117,12 +129,28 @@ def common_labels(tasks: Sequence[TaskData]) -> tuple[str, ...]:
     return first.labels or ()
 
 
-def check_packing(model: nn.Module, tasks: Sequence[TaskData]) -> None:
-    """Refuses packed rows for a model that lets their segments see each other.
+def check_fit(model: Any, tasks: Sequence[TaskData], name: str) -> None:
+    """Refuses rows that a model has no place for, or packed ones whose segments would see each other.
+
+    Args:
+        model: of transformers.
+        tasks: what it will be scored on.
+        name: how messages call the model.
 
     Raises:
-        EvaluateError: it does.
+        EvaluateError: a token beyond the vocabulary, a row beyond the last position, or packed rows that it mixes.
     """
+    vocabulary, positions = int(model.get_input_embeddings().weight.shape[0]), longest_row(model)
+    for task in tasks:
+        fault = misfit(
+            name,
+            largest_token=task.largest_token,
+            longest=task.longest,
+            vocabulary=vocabulary,
+            longest_row=positions,
+        )
+        if fault is not None:
+            raise EvaluateError(f"task {task.name}: {fault}")
     packed = [task for task in tasks if task.packed]
     if packed:
         fault = packing_fault(model, vocabulary=max(task.largest_token for task in packed) + 1)
