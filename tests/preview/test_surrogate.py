@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_bayes.posterior import Diagonal, merge_posteriors, mismatch
+from mergekit_bayes.posterior import Diagonal, Isotropic, Kronecker, Term, merge_posteriors, mismatch
 from mergekit_bayes.preview.design import lattice, random_mixes, scaled
+from mergekit_bayes.preview.pieces import Piece, add_products
 from mergekit_bayes.preview.ratios import SharedRatios
 from mergekit_bayes.preview.surrogate import Block, QuadraticForms, rule_increases, shares_of
 
@@ -129,3 +130,25 @@ def test_a_source_without_a_say_in_some_entries_is_left_out_there() -> None:
 def test_too_many_ratios_are_refused() -> None:
     with pytest.raises(ValueError, match="at most 3"):
         SharedRatios(5, prior=False)
+
+
+def test_products_under_kronecker_curvature_are_those_of_full_matrices() -> None:
+    generator = np.random.Generator(np.random.PCG64(5))
+    rows, columns = 4, 3
+    roots = [(generator.normal(size=(rows, rows)), generator.normal(size=(columns, columns))) for _ in range(SOURCES)]
+    factors = [(g @ g.T, a @ a.T) for g, a in roots]
+    origin, *means = generator.normal(size=(SOURCES + 1, rows, columns))
+    prior = torch.tensor(PRIOR, dtype=torch.float64)
+    labels = [f"source {t}" for t in range(SOURCES)]
+    sources = {
+        label: Kronecker(torch.tensor(mean), prior, [Term(torch.tensor(a), torch.tensor(g))])
+        for label, mean, (g, a) in zip(labels, means, factors, strict=True)
+    }
+    forms = QuadraticForms(SOURCES)
+    add_products(forms, Piece(Isotropic(torch.tensor(origin), PRIOR), sources, 0, rows * columns), labels)
+    moves = np.array(means) - origin
+    expected = []
+    for mix in MIXES:
+        gaps = [(np.tensordot(mix, moves, axes=1) - move).reshape(-1) for move in moves]
+        expected.append([gap @ np.kron(g, a) @ gap / 2 for gap, (g, a) in zip(gaps, factors, strict=True)])
+    assert np.allclose(forms.increases(torch.tensor(MIXES)).numpy(), expected, rtol=1e-9, atol=1e-9)
