@@ -51,12 +51,8 @@ def seen_by_outputs(posterior: Posterior, a: Tensor) -> Projected:
         On matrices of shape (out, rank).
     """
     diagonal, terms = parts(posterior)
-    operators, preconditioner = [_entries_by_outputs(diagonal, a)], _diagonal_by_outputs(diagonal, posterior, a)
-    for term in terms:
-        operator, own = _term_by_outputs(term, a)
-        operators.append(operator)
-        preconditioner = preconditioner + own
-    return Projected(_sum_of(operators), preconditioner)
+    entries = Projected(_entries_by_outputs(diagonal, a), _diagonal_by_outputs(diagonal, posterior, a))
+    return _sum_of([entries, *(_term_by_outputs(term, a) for term in terms)])
 
 
 def seen_by_inputs(posterior: Posterior, b: Tensor) -> Projected:
@@ -70,22 +66,20 @@ def seen_by_inputs(posterior: Posterior, b: Tensor) -> Projected:
         On matrices of shape (rank, in).
     """
     diagonal, terms = parts(posterior)
-    operators, preconditioner = [_entries_by_inputs(diagonal, b)], _diagonal_by_inputs(diagonal, posterior, b)
-    for term in terms:
-        operator, own = _term_by_inputs(term, b)
-        operators.append(operator)
-        preconditioner = preconditioner + own
-    return Projected(_sum_of(operators), preconditioner)
+    entries = Projected(_entries_by_inputs(diagonal, b), _diagonal_by_inputs(diagonal, posterior, b))
+    return _sum_of([entries, *(_term_by_inputs(term, b) for term in terms)])
 
 
-def _sum_of(operators: Sequence[Operator]) -> Operator:
+def _sum_of(summands: Sequence[Projected]) -> Projected:
+    first, *others = summands
+
     def times(x: Tensor) -> Tensor:
-        total = operators[0](x)
-        for operator in operators[1:]:
-            total = total + operator(x)
+        total = first.times(x)
+        for other in others:
+            total = total + other.times(x)
         return total
 
-    return times
+    return Projected(times, sum((other.diagonal for other in others), start=first.diagonal))
 
 
 def _entries_by_outputs(diagonal: Tensor, a: Tensor) -> Operator:
@@ -112,12 +106,11 @@ def _diagonal_by_inputs(diagonal: Tensor, posterior: Posterior, b: Tensor) -> Te
     return b.square().T @ diagonal
 
 
-def _term_by_outputs(term: Term, a: Tensor) -> tuple[Operator, Tensor]:
+def _term_by_outputs(term: Term, a: Tensor) -> Projected:
     seen = a @ term.input
     if term.eigenvalues is None:
         small = Term(seen @ a.T, term.output)
-        diagonal = small.diagonal()
-        return small.times, diagonal
+        return Projected(small.times, small.diagonal())
     values, output = term.eigenvalues, term.output
 
     def times(b: Tensor) -> Tensor:
@@ -126,18 +119,18 @@ def _term_by_outputs(term: Term, a: Tensor) -> tuple[Operator, Tensor]:
         return outer if output is None else output @ outer
 
     rows = values @ seen.square().T
-    return times, rows if output is None else output.square() @ rows
+    return Projected(times, rows if output is None else output.square() @ rows)
 
 
-def _term_by_inputs(term: Term, b: Tensor) -> tuple[Operator, Tensor]:
+def _term_by_inputs(term: Term, b: Tensor) -> Projected:
     if term.eigenvalues is None:
         # Columns of B are orthonormal, so that an identity stays one.
         small = Term(term.input, None if term.output is None else b.T @ term.output @ b)
-        return small.times, small.diagonal()
+        return Projected(small.times, small.diagonal())
     values, basis = term.eigenvalues, term.input
     seen = b if term.output is None else term.output.T @ b
 
     def times(a: Tensor) -> Tensor:
         return (seen.T @ (seen @ (a @ basis)).mul_(values)) @ basis.T
 
-    return times, seen.square().T @ values @ basis.square().T
+    return Projected(times, seen.square().T @ values @ basis.square().T)
