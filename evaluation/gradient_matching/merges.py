@@ -48,11 +48,11 @@ def merge(method: str, scale: float, base: Model, experts: Sequence[Model]) -> d
 
 
 def _merge_tensor(method: str, scale: float, name: str, base: Model, experts: Sequence[Model]) -> Tensor:
-    start = base.means[name]
+    start, weights = base.means[name], [scale] * len(experts)
     if method == "task_arithmetic":
         plain = [Isotropic(expert.means[name], 1.0) for expert in experts]
-        return run_kernel(method, Isotropic(start, 1.0), plain, scale, {})
+        return run_kernel(method, Isotropic(start, 1.0), plain, weights, {})
     prior = base.summed(name) + DELTA if method == "gradient_matching" else DELTA
     sources: list[Posterior] = [Diagonal(expert.means[name], expert.summed(name) + prior) for expert in experts]
     first = Diagonal(start, prior) if isinstance(prior, Tensor) else Isotropic(start, prior)
-    return run_kernel(method, first, sources, scale, {})
+    return run_kernel(method, first, sources, weights, {})

@@ -14,6 +14,7 @@ something on free cores only.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -49,7 +50,18 @@ def rows(size: str, *, count: int, length: int) -> TaskData:
     ids = torch.randint(0, VOCABULARY[size], (count, length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     units = count * (length - 1)
-    return TaskData("random", "loss", (batch,), "causal_lm", None, units, "random", False, VOCABULARY[size] - 1)
+    return TaskData(
+        name="random",
+        metric="loss",
+        batches=(batch,),
+        task="causal_lm",
+        labels=None,
+        units=units,
+        key="random",
+        packed=False,
+        largest_token=VOCABULARY[size] - 1,
+        longest=length,
+    )
 
 
 def in_batches(task: TaskData, size: int) -> TaskData:
@@ -57,7 +69,7 @@ def in_batches(task: TaskData, size: int) -> TaskData:
     (whole,) = task.batches
     parts = zip(*(tensor.split(size) for tensor in whole.values()), strict=True)
     batches = tuple(dict(zip(whole, part, strict=True)) for part in parts)
-    return TaskData(task.name, "loss", batches, task.task, None, task.units, task.key, False, task.largest_token)
+    return dataclasses.replace(task, batches=batches)
 
 
 def made(folder: Path, size: str) -> tuple[Any, list[Path]]:
