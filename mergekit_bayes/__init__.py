@@ -30,8 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mergekit_bayes.errors import MergekitBayesError
     from mergekit_bayes.estimate.run import estimate_precision
-    from mergekit_bayes.evaluate import sample_posterior
-    from mergekit_bayes.evaluate.runner.run import evaluate
+    from mergekit_bayes.evaluate.run import evaluate
     from mergekit_bayes.finetune import IVON
     from mergekit_bayes.finetune.run import finetune
     from mergekit_bayes.merge.load import load_posterior
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from mergekit_bayes.merge.registry import Parameter, merge_method, method_names
     from mergekit_bayes.merge.run import merge
     from mergekit_bayes.posterior import Diagonal, Isotropic, Kronecker, Mixture, merge_posteriors, mismatch
+    from mergekit_bayes.predict import sample_posterior
     from mergekit_bayes.preview.run import preview
     from mergekit_bayes.recipe import load_recipe
 
@@ -83,7 +83,7 @@ _HOMES = {
     "method_names": "mergekit_bayes.merge.registry",
     "mismatch": "mergekit_bayes.posterior",
     "plan_merge": "mergekit_bayes.merge.plan",
-    "sample_posterior": "mergekit_bayes.evaluate",
+    "sample_posterior": "mergekit_bayes.predict",
 }
 
 

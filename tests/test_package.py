@@ -22,9 +22,9 @@ PACKAGE = ROOT / "mergekit_bayes"
 # A module imports from itself and from the rows below; names in one row do not know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("preview",),
+    ("evaluate", "preview"),
     ("estimate", "finetune", "merge"),
-    ("evaluate",),
+    ("predict",),
     ("data", "model"),
     ("recipe", "checkpoint"),
     ("precision",),

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from mergekit_bayes.evaluate import ClassPrediction, Score, TokenPrediction, paired_interval
+from mergekit_bayes.predict import ClassPrediction, Score, TokenPrediction, paired_interval
 
 REFERENCE = "AdamW, mean"
 PAIRS = (

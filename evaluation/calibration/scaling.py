@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from mergekit_bayes.evaluate import ClassPrediction
+from mergekit_bayes.predict import ClassPrediction
 
 
 def scaled(prediction: ClassPrediction, factor: float) -> ClassPrediction:

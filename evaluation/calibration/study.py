@@ -26,7 +26,7 @@ from evaluation.calibration.compare import compare, reliability
 from evaluation.calibration.report import figure, tables
 from evaluation.calibration.runs import HeldOut, Run, device_name, held_out, load_model, open_run
 from evaluation.calibration.scaling import best_factor, scaled
-from mergekit_bayes.evaluate import (
+from mergekit_bayes.predict import (
     BINS,
     ClassPrediction,
     Score,

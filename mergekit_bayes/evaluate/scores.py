@@ -1,159 +1,91 @@
-"""How good probabilities are: accuracy (of all, and of the surest), negative log-likelihood, Brier score, calibration.
+r"""From numbers per row to scores.
 
-Each score is a function of averages over examples, and is kept as what each example adds to these averages. The
-scores and their bootstrap intervals are then computed from one and the same numbers.
+A language model's scores are ratios of sums over rows, so that a row counts by its tokens or its bytes:
+
+    loss = nats / targets,    perplexity = exp(loss),    bits per byte = nats / (ln 2 bytes)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from mergekit_bayes.errors import EvaluateError
-from mergekit_bayes.evaluate.classes import ClassPrediction
-from mergekit_bayes.evaluate.tokens import TokenPrediction
+from mergekit_bayes.data import Part, Rows
+from mergekit_bayes.evaluate.encodings import Encoding
+from mergekit_bayes.evaluate.measure import Measured
+from mergekit_bayes.predict.classes import ClassPrediction
+from mergekit_bayes.predict.scores import Score, class_scores, selective_accuracy
 
-__all__ = ["BINS", "Score", "calibration_gaps", "class_scores", "selective_accuracy", "token_scores"]
-
-BINS = 15
-"""Bins of the calibration error unless another number is asked for; the number of Guo et al. 2017"""
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """A score as what each example adds to it.
-
-    Attributes:
-        name: what tables call it.
-        parts: (examples, averages), float64.
-        combine: averages (..., averages) to the score (...).
-        higher_is_better: whether it is.
-    """
-
-    name: str
-    parts: Tensor
-    combine: Callable[[Tensor], Tensor]
-    higher_is_better: bool = False
-
-    @property
-    def value(self) -> float:
-        """The score of all examples."""
-        return float(self.combine(self.parts.mean(0)))
+__all__ = ["prediction_of", "row_scores"]
 
 
-def class_scores(prediction: ClassPrediction, *, bins: int = BINS) -> dict[str, Score]:
-    """Accuracy, nll (nats), brier and ece of a classifier.
-
-    brier is the sum over classes of (p_c - y_c)^2, from 0 to 2 (Brier 1950); ece is `calibration_gaps` of the most
-    probable class.
+def row_scores(
+    measured: Measured,
+    encoding: Encoding,
+    part: Part,
+    *,
+    metrics: Sequence[str],
+    bins: int,
+    coverage: Sequence[float],
+) -> dict[str, Score]:
+    """The scores of a model on one data set, by what tables call them.
 
     Args:
-        prediction: with labels.
+        measured: of all rows.
+        encoding: of the rows.
+        part: the data set.
+        metrics: which of them.
         bins: of the calibration error.
-
-    Raises:
-        EvaluateError: the prediction has no labels; fewer than one bin.
+        coverage: of the selective accuracy; each has a score of its own.
     """
-    labels, probabilities = prediction.known_labels, prediction.probabilities
-    target = torch.nn.functional.one_hot(labels, probabilities.shape[1])
-    squares = (probabilities - target).square().sum(-1)
-    gaps = calibration_gaps(prediction.confidence, prediction.correct, bins=bins)
-    scores = (
-        Score("accuracy", prediction.correct.double()[:, None], _only, higher_is_better=True),
-        Score("nll", prediction.nll[:, None], _only),
-        Score("brier", squares[:, None], _only),
-        Score("ece", gaps, _sum_of_sizes),
-    )
+    if encoding.rows.task == "causal_lm":
+        found = _of_language(measured, encoding, part)
+    else:
+        prediction = prediction_of(measured, encoding.rows, part)
+        found = class_scores(prediction, bins=bins)
+        for share in coverage:
+            score = selective_accuracy(prediction.confidence, prediction.correct, share)
+            found[score.name] = score
+    return {name: score for name, score in found.items() if name.partition("@")[0] in metrics}
+
+
+def prediction_of(measured: Measured, rows: Rows, part: Part) -> ClassPrediction:
+    """What a classifier predicted for one data set; only the averages are known, not the samples."""
+    places = range(part.start, part.stop)
+    averaged = torch.tensor([measured[row] for row in places], dtype=torch.float64)
+    labels = torch.tensor([rows[row]["labels"] for row in places])
+    return ClassPrediction(averaged, torch.zeros(len(averaged), dtype=torch.float64), labels, 0, 0.0, 0)
+
+
+def _of_language(measured: Measured, encoding: Encoding, part: Part) -> dict[str, Score]:
+    places = range(part.start, part.stop)
+    nats = torch.tensor([measured[row][0] for row in places], dtype=torch.float64)
+    units = torch.from_numpy(encoding.rows.units[part.start : part.stop]).double()
+    loss = torch.stack([nats, units], -1)
+    scores = [Score("loss", loss, _ratio), Score("perplexity", loss, _perplexity)]
+    assert encoding.bytes is not None  # counted for every language model
+    size = torch.tensor(encoding.bytes[part.start : part.stop], dtype=torch.float64)
+    if size.sum() > 0:
+        scores.append(Score("bits_per_byte", torch.stack([nats / math.log(2), size], -1), _ratio))
     return {score.name: score for score in scores}
-
-
-def token_scores(prediction: TokenPrediction, *, bins: int = BINS) -> dict[str, Score]:
-    """The nll (nats per token) of a language model, and with `vocabulary` accuracy and ece of its most probable token.
-
-    Args:
-        prediction: of targets.
-        bins: of the calibration error.
-
-    Raises:
-        EvaluateError: fewer than one bin.
-    """
-    scores = [Score("nll", prediction.nll[:, None], _only)]
-    whole = prediction.vocabulary
-    if whole is not None:
-        gaps = calibration_gaps(whole.confidence, whole.correct, bins=bins)
-        scores.append(Score("accuracy", whole.correct.double()[:, None], _only, higher_is_better=True))
-        scores.append(Score("ece", gaps, _sum_of_sizes))
-    return {score.name: score for score in scores}
-
-
-def calibration_gaps(confidence: Tensor, correct: Tensor, *, bins: int = BINS) -> Tensor:
-    r"""What each example adds to the expected calibration error over bins of equal width.
-
-        ECE = sum_b (n_b / n) |mean confidence in b - accuracy in b| = sum_b |mean_i 1[i in b] (confidence_i -
-        correct_i)|
-
-    (Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599.) Bin b holds confidences in (b / bins, (b + 1) / bins]; 0
-    is in the first. The number of bins changes the value: name it with the score.
-
-    Args:
-        confidence: in [0, 1], (examples,).
-        correct: bool, (examples,).
-        bins: at least 1.
-
-    Returns:
-        (examples, bins), float64: confidence minus correctness in the example's bin, 0 in the others.
-
-    Raises:
-        EvaluateError: fewer than one bin, shapes that differ, or confidences outside [0, 1].
-    """
-    if bins < 1 or confidence.shape != correct.shape or confidence.dim() != 1 or not len(confidence):
-        seen = f"{bins} bins, confidences {tuple(confidence.shape)}, correct {tuple(correct.shape)}"
-        raise EvaluateError(f"calibration: {seen}; expected at least one bin and as many of both, one or more")
-    sure = confidence.double()
-    if not ((sure >= 0) & (sure <= 1 + 1e-9)).all():
-        raise EvaluateError(f"calibration: confidences from {sure.min()} to {sure.max()}; expected 0 to 1")
-    places = (sure * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    gaps = torch.zeros(len(sure), bins, dtype=torch.float64)
-    return gaps.scatter_(1, places[:, None], (sure - correct.double())[:, None])
-
-
-def selective_accuracy(confidence: Tensor, correct: Tensor, coverage: float) -> Score:
-    """Accuracy on the share of examples that a model is surest of, which answers these and hands on the others.
-
-    (El-Yaniv and Wiener, JMLR 2010; Geifman and El-Yaniv 2017, arXiv 1705.08500.) Exactly coverage times n examples
-    are answered: of those with the same confidence at the edge each counts with the same fraction, so that neither
-    ties nor the order of examples decide. In bootstrap intervals the edge stays where it is for all examples.
-
-    Args:
-        confidence: probability of the answer, (examples,).
-        correct: whether it is right, bool, (examples,).
-        coverage: in (0, 1].
-
-    Raises:
-        EvaluateError: a coverage outside, or shapes that differ.
-    """
-    if not 0 < coverage <= 1 or confidence.shape != correct.shape or confidence.dim() != 1 or not len(confidence):
-        seen = f"coverage {coverage}, confidences {tuple(confidence.shape)}, correct {tuple(correct.shape)}"
-        raise EvaluateError(f"selective accuracy: {seen}; expected a share above 0, at most 1, and as many of both")
-    sure, wanted = confidence.double(), coverage * len(confidence)
-    edge = sure.sort(descending=True).values[min(math.ceil(wanted), len(sure)) - 1]
-    above, at = sure > edge, sure == edge
-    kept = above.double() + at.double() * ((wanted - int(above.sum())) / int(at.sum()))
-    parts = torch.stack([kept * correct.double(), kept], -1)
-    return Score(f"selective_accuracy@{coverage:g}", parts, _ratio, higher_is_better=True)
-
-
-def _only(averages: Tensor) -> Tensor:
-    return averages[..., 0]
 
 
 def _ratio(averages: Tensor) -> Tensor:
     return averages[..., 0] / averages[..., 1]
 
 
-def _sum_of_sizes(averages: Tensor) -> Tensor:
-    return averages.abs().sum(-1)
+def _perplexity(averages: Tensor) -> Tensor:
+    return _ratio(averages).exp()
+
+
+def nothing(score: Score) -> Score:
+    """The score that is zero whatever the rows; the interval of a difference from it is that of a score itself."""
+    return Score("nothing", torch.zeros(len(score.parts), 1, dtype=torch.float64), lambda averages: averages[..., 0])
+
+
+def plain(scores: Mapping[str, Score]) -> dict[str, float]:
+    """Values by name."""
+    return {name: score.value for name, score in scores.items()}

@@ -19,8 +19,7 @@
     run.py, finish.py           from a plan to a published folder
     configuration.py, provenance.py, card.py    what the folder says about itself
     diagnosis.py, heat_map.py   a report read back: what the merge is predicted to cost, and where
-    measured.py                 the same beside an evaluation
-    load.py                     posteriors in memory, for Python
+    load.py, in_place.py        posteriors in memory, for Python; a merge in the weights of a model in memory
 
 The package can be called: `from mergekit_bayes import merge; merge("recipe.yaml", "merged/")` runs `run.merge`. The
 function and the package want the same name, and whichever is imported last would hide the other; as a callable package

@@ -5,7 +5,7 @@
     surrogate.py, ratios.py         what the posteriors themselves predict at a mix, and at ten thousand of them;
                                     pieces.py, form.py, predict.py bring models and methods to these formulas
     tasks.py                        the data of the tasks, tokenised and batched once, and scores on it
-    stacked.py, in_place.py         several mixes of adapters in one forward pass; one mix merged into a model in memory
+    stacked.py                      several mixes of adapters in one forward pass
     evaluators.py, cache.py         evaluating by the fastest way there is, and never twice
     sweep.py, evaluation.py         what is evaluated, in which order, by which process; adaptive.py: where next
     progress.py                     how far it is

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from mergekit_bayes.merge.in_place import InPlace
 from mergekit_bayes.model.base_identity import open_base
 from mergekit_bayes.model.pretrained import Loading, load_pretrained
 from mergekit_bayes.model.tokens import load_tokenizer
 from mergekit_bayes.preview.design import Mix
-from mergekit_bayes.preview.in_place import InPlace
 from mergekit_bayes.preview.plans import MethodPlan
 from mergekit_bayes.preview.stacked import StackedAdapters, can_stack
 from mergekit_bayes.preview.tasks import Scores, TaskData, check_fit, common_labels, load_tasks, score
@@ -120,7 +120,7 @@ class Evaluations:
     max_memory: int
     evaluators: Mapping[str, Evaluator] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
-    _ready: StackedAdapters | InPlace | None = None
+    _ready: tuple[MethodPlan, StackedAdapters | InPlace] | None = None
     _stacks: dict[str, bool] = field(default_factory=dict)
 
     def __enter__(self) -> Evaluations:
@@ -165,7 +165,7 @@ class Evaluations:
         ready = self._prepared(method)
         if isinstance(ready, InPlace):
             (mix,) = mixes
-            ready.load(mix)
+            ready.load(method.steps_at(mix))
             return [{task.name: self._of_one(task) for task in self.ground.tasks}]
         found: list[dict[str, Scores]] = [{} for _ in mixes]
         for task in self.ground.tasks:
@@ -181,14 +181,16 @@ class Evaluations:
 
     def _prepared(self, method: MethodPlan) -> StackedAdapters | InPlace:
         """The method ready on the model; the one before leaves it."""
-        if self._ready is not None and self._ready.method is method:
-            return self._ready
+        if self._ready is not None and self._ready[0] is method:
+            return self._ready[1]
         self._leave()
         ground = self.ground
+        ready: StackedAdapters | InPlace
         if self._stackable(method):
-            stacked = StackedAdapters(ground.model, method, dtype=ground.dtype, device=ground.device)
-            self._stack.enter_context(stacked.attached())
-            self._ready = stacked
+            ready = StackedAdapters(ground.model, method, dtype=ground.dtype, device=ground.device)
+            self._stack.enter_context(ready.attached())
         else:
-            self._ready = self._stack.enter_context(InPlace(ground.model, method, max_memory=self.max_memory))
-        return self._ready
+            merge = InPlace(ground.model, method.plan, title=method.title, max_memory=self.max_memory)
+            ready = self._stack.enter_context(merge)
+        self._ready = (method, ready)
+        return ready

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mergekit_bayes.data import collate, load_training_data, misfit, packing_fault
 from mergekit_bayes.errors import EvaluateError
-from mergekit_bayes.evaluate import predict_next_tokens, predict_probabilities
 from mergekit_bayes.model.load import longest_row
+from mergekit_bayes.predict import predict_next_tokens, predict_probabilities
 
 if TYPE_CHECKING:
     from mergekit_bayes.data import Rows

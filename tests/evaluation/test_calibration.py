@@ -15,7 +15,7 @@ from evaluation.calibration import study
 from evaluation.calibration.compare import compare, reliability
 from evaluation.calibration.report import tables
 from evaluation.calibration.scaling import best_factor, scaled
-from mergekit_bayes.evaluate import ClassPrediction, class_scores
+from mergekit_bayes.predict import ClassPrediction, class_scores
 from tests.conftest import TinyCheckpoints
 
 PAGE = Path(study.__file__).parent

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from mergekit_bayes import merge
 from mergekit_bayes.errors import CheckpointError, EvaluateError
+from mergekit_bayes.evaluate.measured import compare_with
 from mergekit_bayes.merge.diagnosis import place_of, read_diagnosis, short_labels
 from mergekit_bayes.merge.heat_map import _axes, _grid, draw_heat_map
-from mergekit_bayes.merge.measured import compare_with
 from tests.merge.builders import random_precisions, random_tensors, write_checkpoint, write_precisions
 
 SHAPES = {

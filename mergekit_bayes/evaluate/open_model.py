@@ -1,0 +1,113 @@
+"""One model of an evaluation, brought into memory when something has to be computed, and not before."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mergekit_bayes.data import Rows, Task
+from mergekit_bayes.evaluate.candidates import Candidate
+from mergekit_bayes.evaluate.encodings import Encoding
+from mergekit_bayes.evaluate.measure import Measured, measure_block, predictor
+from mergekit_bayes.evaluate.variants import Variant
+from mergekit_bayes.model.trained import load_trained
+from mergekit_bayes.predict.attach import AttachedPosterior, attach_posterior
+from mergekit_bayes.predict.pruning import Pruning
+from mergekit_bayes.predict.rows import Feed, check_rows
+from mergekit_bayes.predict.temperature import choose_temperature
+from mergekit_bayes.recipe.model import ModelSpec
+
+if TYPE_CHECKING:
+    from mergekit_bayes.model import LoadedModel
+    from mergekit_bayes.recipe.evaluate import EvaluateRecipe
+
+__all__ = ["OpenModel"]
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model with its rows.
+
+    Attributes:
+        recipe: what was asked for.
+        task: of the model.
+        candidate: its headers.
+        encoding: the rows as it reads them.
+        device: where it goes.
+    """
+
+    recipe: EvaluateRecipe
+    task: Task
+    candidate: Candidate
+    encoding: Encoding
+    device: torch.device
+
+    @property
+    def feed(self) -> Feed:
+        """The rows in batches."""
+        return self._feed(self.encoding.rows)
+
+    def measured(
+        self, blocks: Mapping[int, Sequence[Sequence[int]]], variant: Variant
+    ) -> Iterator[tuple[int, Measured]]:
+        """Evaluates blocks one after the other.
+
+        Args:
+            blocks: of batches of row indices, by number.
+            variant: the way the model is looked at.
+
+        Yields:
+            The number of each block with its numbers by row.
+
+        Raises:
+            MergekitBayesError: the model cannot be loaded, has no place for the rows, or computes NaN.
+        """
+        if not blocks:
+            return
+        used = self._posterior if variant.samples or variant.prune else None
+        draws = {"samples": variant.samples, "temperature": variant.temperature, "seed": self.recipe.seed}
+        with variant.applied(self._loaded.model, used):
+            for number, block in blocks.items():
+                sampled = used if variant.samples else None
+                yield number, measure_block(self._loaded.model, self.feed, block, sampled, **draws)
+
+    def choose(self, variant: Variant) -> dict[str, Any]:
+        """Chooses the temperature of samples by the validation rows; returns a `ChosenTemperature` as plain data."""
+        assert self.encoding.validation is not None  # the recipe was checked
+        assert self._posterior is not None  # candidates without precisions were refused
+        feed = self._feed(self.encoding.validation)
+        found = choose_temperature(
+            self._loaded.model,
+            [feed.batch(indices) for indices in feed.batches],
+            self._posterior,
+            predict=predictor(feed.rows),
+            samples=variant.samples,
+            seed=self.recipe.seed,
+        )
+        return asdict(found)
+
+    def pruned(self, variant: Variant) -> str:
+        """What pruning takes, in a sentence."""
+        with variant.applied(self._loaded.model, self._posterior) as pruning:
+            assert isinstance(pruning, Pruning)
+            return str(pruning)
+
+    def _feed(self, rows: Rows) -> Feed:
+        return Feed(rows, self.recipe.batch_size, self.encoding.pad_token_id)
+
+    @functools.cached_property
+    def _loaded(self) -> LoadedModel:
+        spec = ModelSpec(path=self.candidate.base, task=self.task, dtype=self.recipe.dtype)
+        found = load_trained(self.candidate.trained, spec, labels=self.candidate.labels, device=self.device)
+        for rows in filter(None, (self.encoding.rows, self.encoding.validation)):
+            check_rows(rows, found, self.candidate.title)
+        return found
+
+    @functools.cached_property
+    def _posterior(self) -> AttachedPosterior | None:
+        sidecar = self.candidate.sidecar
+        return None if sidecar is None else attach_posterior(self._loaded.model, sidecar)

@@ -1,0 +1,172 @@
+"""A posterior attached to the parameters of a model in memory: which precision is whose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_bayes.checkpoint.files import listed, shown
+from mergekit_bayes.checkpoint.shards import raise_together
+from mergekit_bayes.errors import (
+    CheckpointError,
+    MissingTensorError,
+    NonFiniteError,
+    NonPositivePrecisionError,
+    ShapeMismatchError,
+    SidecarMismatchError,
+)
+from mergekit_bayes.predict.belongs import foreign_base, foreign_weights
+from mergekit_bayes.predict.names import Weights, weights_of
+from mergekit_bayes.predict.precisions import Precisions, PrecisionSource, gather_precisions
+
+__all__ = ["AttachedPosterior", "Weight", "attach_posterior"]
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One parameter with its precision.
+
+    Attributes:
+        name: in the file that the precision belongs to.
+        parameter: of the model; it holds the mean.
+        precision: S at data scale, of the parameter's shape or 0-dim.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    precision: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttachedPosterior:
+    """The posterior of a model in memory; the model holds its mean.
+
+    Attributes:
+        model: the model.
+        weights: parameters with precisions, sorted by name; every parameter once.
+        certain: names of trained parameters without precision, which stay at their mean.
+        adapter: the adapter whose factors these are; None for a model on its own.
+    """
+
+    model: nn.Module
+    weights: tuple[Weight, ...]
+    certain: tuple[str, ...]
+    adapter: str | None
+
+
+def attach_posterior(
+    model: nn.Module,
+    precision: PrecisionSource | AttachedPosterior,
+    *,
+    adapter: str | None = None,
+    partial: bool = False,
+) -> AttachedPosterior:
+    """Matches precisions with the parameters of a model.
+
+    Attaching once and passing the result on saves reading and checking the precisions for every sample.
+
+    Args:
+        model: any module; of a PEFT model the adapter's factors and stored modules are what is sampled.
+        precision: by tensor name as in the file (or as in memory), the path of a sidecar or of its folder, or what this
+            function returned before.
+        adapter: which adapter, where a PEFT model has several active.
+        partial: let trained parameters without precision stay at their mean. Without it they are refused, unless a
+            sidecar leaves them out because they were not trained.
+
+    Raises:
+        SidecarMismatchError: names that the model does not have; weights or a base that the sidecar does not describe.
+        MissingTensorError: trained parameters without precision.
+        ShapeMismatchError: a precision of another shape than its parameter, or a parameter that is quantised.
+        PlanError: several such reasons, all of them listed.
+        NumericalError: precisions that are not positive and finite.
+        EvaluateError: an adapter that is merged or switched off, or none of that name.
+    """
+    if isinstance(precision, AttachedPosterior):
+        return precision
+    weights, precisions = weights_of(model, adapter), gather_precisions(precision)
+    problems: list[CheckpointError] = [*_strangers(model, weights, precisions), *_twice(weights, precisions)]
+    found = {name: weights.parameters[name] for name in sorted(precisions.values) if name in weights.parameters}
+    problems += _misfits(found, precisions)
+    covered = {id(parameter) for parameter in found.values()}
+    certain = [name for name in weights.trained if id(weights.parameters[name]) not in covered]
+    if certain and not partial and not precisions.may_be_partial:
+        seen = f"{precisions.where}: no precision for {listed(certain)}"
+        expected = "expected one for every trained parameter; with partial=True these stay at their mean"
+        problems.append(MissingTensorError(f"{seen}; {expected}"))
+    if not problems:
+        problems += [*foreign_weights(precisions, found), *foreign_base(precisions, model, weights.adapter)]
+    raise_together(problems)
+    matched = {}
+    for name, parameter in reversed(found.items()):
+        # the name in the file where precisions came by the name in memory: samples then are the same ones
+        matched[id(parameter)] = _weight(name, parameter, precisions, weights.file_name(name))
+    ordered = tuple(sorted(matched.values(), key=lambda weight: weight.name))
+    return AttachedPosterior(model, ordered, tuple(certain), weights.adapter)
+
+
+def _strangers(model: nn.Module, weights: Weights, precisions: Precisions) -> Iterator[SidecarMismatchError]:
+    known = weights.parameters.keys() | weights.still | weights.converted
+    unknown = sorted(precisions.values.keys() - known)
+    converted = sorted(precisions.values.keys() & weights.converted)
+    if unknown or not precisions.values:
+        seen = f"{precisions.where}: has precisions for {listed(unknown, 5) if unknown else 'nothing'}"
+        some = weights.trained[:2] or sorted(weights.parameters)[:2]
+        expected = f"expected names of the weights of this {type(model).__name__}, such as {listed(some)}"
+        yield SidecarMismatchError(f"{seen}; {expected}{_advice(unknown, weights)}")
+    if converted:
+        yield SidecarMismatchError(
+            f"{precisions.where}: describes {listed(converted, 5)}, which are parts of larger parameters in memory; "
+            "expected precisions in the layout in memory; save the model with save_original_format=False"
+        )
+
+
+def _advice(unknown: Sequence[str], weights: Weights) -> str:
+    of_factors = any(".lora_" in name for name in unknown)
+    if of_factors and weights.adapter is None:
+        return "; these describe the factors of an adapter: load it with peft and do not merge it into its base"
+    if not of_factors and weights.adapter is not None:
+        return "; these describe a full model, and this one has an adapter"
+    return "; those that have no place here can be left out of a mapping: read_precisions(path)"
+
+
+def _twice(weights: Weights, precisions: Precisions) -> Iterator[SidecarMismatchError]:
+    """Refuse two different precisions of one parameter under two of its names."""
+    first: dict[int, str] = {}
+    for name in sorted(precisions.values.keys() & weights.parameters.keys()):
+        other = first.setdefault(id(weights.parameters[name]), name)
+        if other != name and not torch.equal(precisions.values[other], precisions.values[name]):
+            seen = f"{precisions.where}: {shown(other)} and {shown(name)} are one parameter with two precisions"
+            yield SidecarMismatchError(f"{seen}; expected the same, or one of them")
+
+
+def _misfits(found: dict[str, nn.Parameter], precisions: Precisions) -> Iterator[ShapeMismatchError]:
+    for name, parameter in found.items():
+        value = precisions.values[name]
+        where = f"{precisions.where}: {shown(name)}"
+        if not parameter.is_floating_point():
+            seen = f"{where}: the parameter is {parameter.dtype}: quantised weights have no posterior to sample"
+            yield ShapeMismatchError(f"{seen}; expected an adapter on them, or the weights in floating point")
+        elif value.dim() and value.shape != parameter.shape:
+            seen = f"{where}: precision of shape {tuple(value.shape)}"
+            yield ShapeMismatchError(f"{seen}; expected {tuple(parameter.shape)}, that of the parameter")
+        elif parameter.is_meta or hasattr(parameter, "placements"):
+            kept = "offloaded" if parameter.is_meta else "sharded"
+            yield ShapeMismatchError(f"{where}: the parameter is {kept}; expected a whole parameter in memory")
+
+
+def _weight(name: str, parameter: nn.Parameter, precisions: Precisions, file_name: str) -> Weight:
+    value = precisions.values[name]
+    where = f"{precisions.where}: precision of {shown(name)}"
+    if not value.is_floating_point():
+        raise ShapeMismatchError(f"{where}: is {value.dtype}; expected floating point")
+    if value.numel():
+        low, high = value.aminmax()  # NaN passes through and fails every comparison
+        if not (low > -torch.inf and high < torch.inf):
+            raise NonFiniteError(f"{where}: {int((~value.isfinite()).sum())} of {value.numel()} entries are not finite")
+        if not low > 0:
+            seen = f"{where}: {int((value <= 0).sum())} of {value.numel()} entries are not positive"
+            raise NonPositivePrecisionError(f"{seen}; the smallest is {float(low):.6g}; expected all > 0")
+    return Weight(file_name, parameter, value.to(parameter.device))

@@ -1,0 +1,53 @@
+"""One of two processes that share the rows of evaluations. Started by the tests."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_bayes.evaluate import open_model
+from mergekit_bayes.evaluate.measure import measure_block
+from tests.evaluate.runs import recipe, run
+
+
+def language(llama: Path, tuned: Path) -> dict[str, Any]:
+    """Means, samples at a chosen temperature, and a pruned model."""
+    samples = {"count": 2, "temperature": "validation"}
+    models = [{"model": str(llama), "precision": False, "name": "base"}, {"model": str(tuned), "samples": samples}]
+    return recipe(models, data=["texts", "other texts"], validation="other texts")
+
+
+def classes(bert: Path) -> dict[str, Any]:
+    """A classifier, pruned too, on fewer blocks than there are processes."""
+    return recipe([bert], data="other labelled", batch_size=16, prune=0.5)
+
+
+def main(llama: Path, tuned: Path, bert: Path, folder: Path) -> None:
+    """Evaluate in both processes, without a folder too, and one that is cut short and goes on."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    run(language(llama, tuned), folder / "language")
+    run(classes(bert), folder / "classes")
+    alone = run(classes(bert)).results
+    print("results" if alone else "no results", flush=True)
+    computed = []
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        if len(computed) == 2:
+            raise KeyboardInterrupt
+        computed.append(arguments)
+        return measure_block(*arguments, **options)
+
+    open_model.measure_block = measured  # type: ignore[attr-defined]
+    try:
+        run(language(llama, tuned), folder / "cut")
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:]))
