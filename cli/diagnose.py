@@ -11,8 +11,8 @@ import typer
 from .failure import exit_codes
 
 if TYPE_CHECKING:
+    from mergekit_bayes.evaluate.measured import Comparison
     from mergekit_bayes.merge.diagnosis import Diagnosis
-    from mergekit_bayes.merge.measured import Comparison
 
 
 def diagnose(
@@ -49,7 +49,7 @@ def diagnose(
         found = read_diagnosis(merged)
         lines = [*_costs(found), *_conflicts(found, top)]
         if results is not None:
-            from mergekit_bayes.merge.measured import compare_with
+            from mergekit_bayes.evaluate.measured import compare_with
 
             lines += _compared(compare_with(found, results, _tasks(task or [])))
 

@@ -117,11 +117,11 @@ def run_evaluation(recipe: EvaluateRecipe, out: Path | None, *, overwrite: bool,
         quiet: print errors only.
     """
     with exit_codes(interrupted=INTERRUPTED):
-        from mergekit_bayes.evaluate.runner.run import evaluate as run
+        from mergekit_bayes.evaluate.run import evaluate as run
 
         result = run(recipe, out, overwrite=overwrite, progress=not quiet)
         if not quiet and result.results:  # only the leading process of several has some
-            from mergekit_bayes.evaluate.runner.table import print_results
+            from mergekit_bayes.evaluate.table import print_results
 
             print_results(result.results)
             if result.folder is not None:

@@ -71,7 +71,7 @@ def _preview(recipe: PreviewRecipe, out: Path | None, options: Mapping[str, Any]
 def _evaluate(recipe: EvaluateRecipe, out: Path | None, options: Mapping[str, Any]) -> str:
     refuse_options(recipe.kind, options, "it has no list of tensors.")
 
-    from mergekit_bayes.evaluate.runner.describe import describe
+    from mergekit_bayes.evaluate.describe import describe
 
     return describe(_to(recipe, out))
 
