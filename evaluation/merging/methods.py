@@ -100,7 +100,9 @@ def merge(
     if weights is None:
         weight = knob if method.knob == "weight" else method.weight
         weights = [1 / len(tasks) if weight is None else weight] * len(tasks)
-    options = {**method.options, **({method.knob: knob} if method.knob in ("scale", "lambda") else {})}
+    options = dict(method.options)
+    if method.knob in ("scale", "lambda"):
+        options[method.knob] = knob
     merged = {}
     for name, value in base.items():
         posteriors = _posteriors(method, name, prior, tasks)

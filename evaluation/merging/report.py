@@ -110,7 +110,7 @@ def figure(name: str, found: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     modes = [mode for mode in WAYS if mode in found]
-    rows = list(max((found[mode]["rows"] for mode in modes), key=len))  # no way of training has a row of its own
+    rows = max((list(found[mode]["rows"]) for mode in modes), key=len)  # no way of training has a row of its own
     size = (4.2 * len(modes) + 1, 0.8 + 0.3 * len(rows))
     drawing, axes = pyplot.subplots(1, len(modes), figsize=size, layout="constrained", squeeze=False, sharey=True)
     for axis, mode in zip(axes[0], modes, strict=True):

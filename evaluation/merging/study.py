@@ -127,7 +127,7 @@ def scored(family: Family, place: Place, name: str, method: Method, knob: float,
     models = with_heads(family, place)
     for model in dict.fromkeys(models.values()):
         put(model, merged)
-    found = keep(path, score(family, models, part))
+    found: dict[str, list[float]] = keep(path, score(family, models, part))
     average = sum(sum(values) / len(values) for values in found.values()) / len(found)
     print(
         f"{place.family} {place.mode} {place.seed} {name} {knob:g} {part}: {average:.4f}, merged in {seconds:.1f} s",

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -105,7 +106,7 @@ def _optimizer(
     models: Mapping[str, nn.Module], tasks: tuple[str, ...], schedule: Schedule, steps: int
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
     named = {id(value): (name, value) for task in tasks for name, value in models[task].named_parameters()}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [value for name, value in named.values() if is_head(name)], "lr": schedule.head_rate},
         {"params": [value for name, value in named.values() if not is_head(name) and value.requires_grad]},
     ]

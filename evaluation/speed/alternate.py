@@ -56,7 +56,7 @@ def allocated(work: Step) -> tuple[int, int]:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     del kept  # what the work returns was alive until here
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

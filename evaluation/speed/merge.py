@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,9 @@ def against_mergekit(workdir: Path, sizes: Sequence[Size], repeats: int, mergeki
 
     variants: dict[str, Callable[[], dict[str, float]]] = {}
     for name, recipe in recipes.items():
-        variants[f"mergekit_bayes, {name}"] = lambda recipe=recipe: ours(recipe)
+        variants[f"mergekit_bayes, {name}"] = partial(ours, recipe)
         if mergekit is not None:
-            variants[f"mergekit, {name}"] = lambda recipe=recipe: theirs(recipe)
+            variants[f"mergekit, {name}"] = partial(theirs, recipe)
     return {
         "bytes_per_checkpoint": {"small": small.nbytes, "large": large.nbytes},
         "runs": alternate(repeats, variants),
@@ -216,7 +217,7 @@ def main() -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     names = ("tiny", "tiny") if arguments.tiny else ("half_gigabyte", "two_gigabytes")
     sizes = [SIZES[name] for name in names]
-    results = {
+    results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "command": f"python -m evaluation.speed.merge --workdir{' FOLDER' * len(workdirs)} --mergekit PYTHON"
         f" --repeats {arguments.repeats}{' --tiny' if arguments.tiny else ''}",

@@ -30,17 +30,17 @@ from evaluation.speed.alternate import Runs, Step, allocated, alternate, describ
 from mergekit_bayes import IVON
 
 HERE = Path(__file__).parent
-OPTIONS = {"lr": 0.1, "ess": 1e5, "hess_init": 0.1, "beta2": 0.9999, "weight_decay": 1e-4}
+OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 1e5, "hess_init": 0.1, "beta2": 0.9999, "weight_decay": 1e-4}
 BYTES = {"IVON": 40, "IVON, not compiled": 40, "ivon-opt": 40, "AdamW, fused": 28, "AdamW, foreach": 28}
 AIM = 3.0
 """How many times as fast as ivon-opt IVON should at least be."""
 
 
 HIDDEN, INNER = 512, 1408
-LAYER = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)] + [(HIDDEN,)] * 2
-"""Shapes of the weights of one layer of a Llama: 3.2 million parameters."""
-
 Shapes = list[tuple[int, ...]]
+
+LAYER: Shapes = [(HIDDEN, HIDDEN)] * 4 + [(INNER, HIDDEN)] * 2 + [(HIDDEN, INNER)] + [(HIDDEN,)] * 2
+"""Shapes of the weights of one layer of a Llama: 3.2 million parameters."""
 
 
 def sets(layers: int, tensors: int, entries: int) -> dict[str, Shapes]:
@@ -95,7 +95,7 @@ def variants() -> dict[str, Make]:
 
 def stepping(optimizer: Any) -> Step:
     """The step of one of them."""
-    return variational(optimizer) if hasattr(optimizer, "sampled_params") else optimizer.step  # type: ignore[no-any-return]
+    return variational(optimizer) if hasattr(optimizer, "sampled_params") else optimizer.step
 
 
 def memory(make: Make, of: Shapes) -> dict[str, float]:

@@ -18,6 +18,7 @@ from mergekit_bayes.merge.plan import plan_merge
 from mergekit_bayes.merge.run import run_merge
 from mergekit_bayes.merge.schemas import method_schemas
 from mergekit_bayes.recipe.load import load_recipe
+from mergekit_bayes.recipe.merge import MergeRecipe
 
 
 def timed(recipe: Path, out: Path, *, compile_kernel: bool) -> dict[str, float]:
@@ -32,7 +33,7 @@ def timed(recipe: Path, out: Path, *, compile_kernel: bool) -> dict[str, float]:
         Seconds, and the bytes of weights and precisions read and written.
     """
     start = time.perf_counter()
-    plan = plan_merge(load_recipe(recipe, methods=method_schemas()), out, recipe_dir=recipe.parent)
+    plan = plan_merge(load_recipe(recipe, expect=MergeRecipe, methods=method_schemas()), out, recipe_dir=recipe.parent)
     planned = time.perf_counter()
     run_merge(plan, compile=compile_kernel)
     end = time.perf_counter()
