@@ -50,6 +50,42 @@ def nearest_existing(path: Path) -> Path:
     return next((p for p in (absolute, *absolute.parents) if p.exists()), Path(absolute.anchor))
 
 
+def require_space(path: Path, nbytes: int) -> None:
+    """Refuses to start what a disk cannot hold.
+
+    Args:
+        path: what will be written, or its folder; it need not exist yet.
+        nbytes: bytes still to be written.
+
+    Raises:
+        OutputError: fewer bytes are free.
+    """
+    with disk_errors(path, "measure free space"):
+        free = free_bytes(path)
+    if nbytes > free:
+        raise OutputError(
+            f"{shown(path)}: {format_bytes(nbytes)} needed, {format_bytes(free)} free on the disk of "
+            f"{shown(nearest_existing(path))}; free some space or write to another disk"
+        )
+
+
+def make_folders(path: Path, made: list[Path]) -> None:
+    """Makes a folder and those above it that are missing.
+
+    Args:
+        path: the folder.
+        made: gets those that were not there, outermost first, also where a later one fails.
+
+    Raises:
+        OutputError: the disk failed.
+    """
+    with disk_errors(path, "create"):
+        for folder in reversed((path, *path.parents)):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+
+
 def output_error(error: OSError, path: Path, action: str, *, needed: int | None = None) -> OutputError:
     """The `OutputError` that says which file failed, why, how many bytes were needed, and what to do.
 

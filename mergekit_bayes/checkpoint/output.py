@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mergekit_bayes.checkpoint.disk import disk_errors, format_bytes, free_bytes, nearest_existing
+from mergekit_bayes.checkpoint.disk import disk_errors, make_folders, require_space
 from mergekit_bayes.checkpoint.files import shown
 from mergekit_bayes.checkpoint.journal import Record
 from mergekit_bayes.checkpoint.placement import check_placement, resolve_target
@@ -105,13 +105,7 @@ class OutputFolder:
         Raises:
             OutputError: fewer bytes are free.
         """
-        with disk_errors(self.target, "measure free space"):
-            free = free_bytes(self.target)
-        if nbytes > free:
-            raise OutputError(
-                f"{shown(self.target)}: {format_bytes(nbytes)} needed, {format_bytes(free)} free on the disk "
-                f"of {shown(nearest_existing(self.target))}; free some space or write to another disk"
-            )
+        require_space(self.target, nbytes)
 
     def __enter__(self) -> Self:
         if not self.leader:
@@ -119,7 +113,7 @@ class OutputFolder:
         self.recover()
         self.check()
         try:
-            self._make_parents()
+            make_folders(self.target.parent, self._made)
             self._work.lock.acquire()
             self._work.recover()
             self.check()
@@ -179,13 +173,6 @@ class OutputFolder:
         except (OSError, OutputError) as error:
             # The output is complete: only rubbish is left, and the next run to this folder removes it.
             warnings.warn(f"{shown(self._work.path)} cannot be removed: {error}", stacklevel=2)
-
-    def _make_parents(self) -> None:
-        with disk_errors(self.target.parent, "create"):
-            for folder in reversed((self.target.parent, *self.target.parent.parents)):
-                if not folder.exists():
-                    folder.mkdir(exist_ok=True)
-                    self._made.append(folder)
 
     def _leave(self, *, keep: bool) -> None:
         """Let the working folder go, kept only if there is something in it worth continuing from."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from mergekit_bayes.checkpoint.disk import disk_errors, format_bytes, free_bytes, nearest_existing, sync_folder
+from mergekit_bayes.checkpoint.disk import disk_errors, make_folders, nearest_existing, require_space, sync_folder
 from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.checkpoint.journal import Journal
 from mergekit_bayes.checkpoint.work import WorkFolder
@@ -96,21 +96,12 @@ class SidecarFolder:
         Raises:
             OutputError: fewer bytes are free.
         """
-        free = free_bytes(self.target)
-        if nbytes > free:
-            raise OutputError(
-                f"{shown(self.target)}: {format_bytes(nbytes)} needed, {format_bytes(free)} free; free some space or "
-                "write to another disk"
-            )
+        require_space(self.target, nbytes)
 
     def __enter__(self) -> Self:
         self.check()
-        with disk_errors(self.target, "create"):
-            for folder in reversed((self.target, *self.target.parents)):
-                if not folder.exists():
-                    folder.mkdir(exist_ok=True)
-                    self._made.append(folder)
         try:
+            make_folders(self.target, self._made)
             self._work.lock.acquire()
             self._work.prepare(self.job)
         except BaseException:

@@ -88,7 +88,7 @@ def test_a_folder_without_permission_to_write_is_refused(
 def test_too_little_space_is_seen_before_any_work(
     site: Site, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_bayes.checkpoint.output.free_bytes", lambda path: 100)
+    monkeypatch.setattr("mergekit_bayes.checkpoint.disk.free_bytes", lambda path: 100)
     refused("{root}/out:", "needed, 100 bytes free on the disk")
 
 

@@ -68,5 +68,5 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_more_than_fits_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"needed, .* free; free some space"):
+    with pytest.raises(OutputError, match=r"needed, .* free on the disk of .*; free some space"):
         SidecarFolder(tmp_path, overwrite=False).require_space(1 << 62)

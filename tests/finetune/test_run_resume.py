@@ -366,9 +366,9 @@ def test_a_full_disk_at_a_checkpoint_keeps_the_one_before(
 def test_a_disk_without_room_is_seen_before_a_byte_is_written(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergekit_bayes.checkpoint import output
+    from mergekit_bayes.checkpoint import disk
 
-    monkeypatch.setattr(output, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
     with pytest.raises(OutputError, match=r"1,000 bytes \(1\.0 kB\) free(.|\n)*there is none before it"):
         run(recipe(llama, training=TRAINING), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -231,7 +231,7 @@ def test_overwrite_replaces_everything_once_the_new_output_is_complete(
 def test_a_full_disk_is_seen_before_any_work(
     recipe: Recipe, interrupted: Interrupted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergekit_bayes.checkpoint.output.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("mergekit_bayes.checkpoint.disk.free_bytes", lambda _: 1000)
     with pytest.raises(OutputError, match=r"needed, 1,000 bytes .* free"):
         merge(recipe, tmp_path / "out")
     assert interrupted.begun == []
