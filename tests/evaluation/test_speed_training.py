@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation.speed import fisher, lora_step, optimizer
+from evaluation.speed import adapters, fisher, lora_step, optimizer
 from evaluation.speed.alternate import allocated, alternate, ratio
 
 PAGES = Path(__file__).parent.parent.parent / "evaluation" / "speed"
@@ -96,6 +96,20 @@ def test_the_benchmark_of_estimators_runs(tmp_path: Path, capsys: pytest.Capture
     assert results["memory"]["fisher"]["allocated"] > 4 * results["size"]["parameters"]
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_adapters_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapters.main(["--size", "tiny", "--rank", "2", "--repeats", "2", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "adapters.json").read_text())
+    page = (tmp_path / "adapters.md").read_text()
+    assert page in capsys.readouterr().out
+    assert page == adapters.page(results)
+    errors = results["errors"]
+    assert errors["ours, exact"] < 1e-6
+    assert errors["PEFT, cat"] < 1e-6
+    assert errors["ours, rank of one"] == pytest.approx(errors["PEFT, svd"], rel=1e-4)  # both are the best of that rank
+    assert 0.1 < errors["ours, rank of one"] < 1
+
+
 def test_both_steps_of_an_adapter_begin_with_the_same_model() -> None:
     pytest.importorskip("peft")
     models = [lora_step.adapted("tiny", "cpu", torch.float32, four_bit=False) for _ in range(2)]
@@ -104,7 +118,9 @@ def test_both_steps_of_an_adapter_begin_with_the_same_model() -> None:
     assert 0 < sum(p.numel() for p in lora_step.trained(models[0])) < sum(p.numel() for p in models[0].parameters())
 
 
-@pytest.mark.parametrize(("module", "name"), [(optimizer, "optimizer"), (lora_step, "lora_step"), (fisher, "fisher")])
+@pytest.mark.parametrize(
+    ("module", "name"), [(optimizer, "optimizer"), (lora_step, "lora_step"), (fisher, "fisher"), (adapters, "adapters")]
+)
 def test_the_pages_show_the_committed_results(module: Any, name: str) -> None:
     if not (PAGES / f"{name}.json").exists():
         pytest.skip("no results are committed yet")
