@@ -11,6 +11,17 @@ Weights = tuple[float, ...]
 MODE = "lora"
 SEEDS = (0, 1, 2)
 QUARTERS: tuple[Weights, ...] = ((0.75, 0.25), (0.5, 0.5), (0.25, 0.75))
+_THIRD, _SIXTH = 1 / 3, 1 / 6
+CENTROIDS: tuple[Weights, ...] = (
+    (_THIRD, _THIRD, _THIRD),
+    (2 * _THIRD, _SIXTH, _SIXTH),
+    (_SIXTH, 2 * _THIRD, _SIXTH),
+    (_SIXTH, _SIXTH, 2 * _THIRD),
+    (0.5, 0.5, 0.0),
+    (0.5, 0.0, 0.5),
+    (0.0, 0.5, 0.5),
+)
+"""The augmented simplex-centroid design of three tasks, less its corners, which are the experts."""
 WINDOWS = 24
 """Of the test data of every task: the first of those that the merging study scores."""
 
@@ -33,6 +44,7 @@ class Group:
 GROUPS = (
     Group(("readmes", "fonts"), QUARTERS),
     Group(("headers", "unicode"), QUARTERS),
+    Group(("readmes", "headers", "unicode"), CENTROIDS),
 )
 
 

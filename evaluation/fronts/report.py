@@ -1,4 +1,4 @@
-"""Tables and the figure of the study of fronts.
+"""Tables and figures of the study of fronts.
 
 python -m evaluation.fronts.report [RESULTS.json]
 """
@@ -20,7 +20,7 @@ COLOURS = ("C7", "C0", "C2", "C3", "k")
 
 
 def tables(results: Results) -> str:
-    """For every group the measures with their intervals, what families differ by, and scores at every weight."""
+    """For every group measures with intervals, differences, the weights to pick, and scores at every weight."""
     return "\n\n".join(part for found in results["groups"].values() for part in _group(found))
 
 
@@ -34,8 +34,13 @@ def _group(found: Results) -> list[str]:
         f"### {' + '.join(found['tasks'])}",
         _table(["95% over seeds", *HEADS], measures),
         _table(["hypervolume, difference", "95% over seeds"], steps),
+        _table(["best for the worst task", "weights, by seed", "regret in real training"], _picks(found)),
         _table([f"{' / '.join(found['tasks'])} at", *found["weights"]], _scores(found)),
     ]
+
+
+def _picks(found: Results) -> list[list[str]]:
+    return [[row, ", ".join(each["weights"]), _cell(each["regret"])] for row, each in found["picks"].items()]
 
 
 def _scores(found: Results) -> list[list[str]]:

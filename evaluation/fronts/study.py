@@ -5,7 +5,7 @@
     python -m evaluation.fronts.study MODELS
 
 Merges and scores every group; what was scored is kept in MODELS/fronts and not done again. Writes results.json,
-fronts.png and tables.md into the folder of this file, or --out.
+fronts.png, triple.png and tables.md into the folder of this file, or --out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evaluation.fronts.design import GROUPS, MODE, SEEDS, WINDOWS, Group, Rule, Weights, label, rules
+from evaluation.fronts.maps import has_triples, maps
 from evaluation.fronts.report import figure, tables
 from evaluation.fronts.summary import REAL, Scores, summary
 from evaluation.fronts.train import run_folder
@@ -136,11 +137,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write(out: Path, results: Any) -> None:
-    """The results, what the page shows of them, and the figure."""
+    """The results, what the page shows of them, and the figures."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "tables.md").write_text(tables(results) + "\n")
     figure(results, out / "fronts.png")
+    if has_triples(results):
+        maps(results, out / "triple.png")
     print(tables(results))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.fronts import study, summary
-from evaluation.fronts.design import Group, rules
+from evaluation.fronts.design import CENTROIDS, GROUPS, Group, label, rules
 from evaluation.fronts.report import tables
 from evaluation.fronts.train import train_runs, turns
 from evaluation.merging.experts import Place
@@ -54,6 +54,37 @@ def test_fronts_are_measured_above_the_base_and_against_training() -> None:
     assert [step["mean"] for step in found["steps"]] == []
 
 
+def test_three_tasks_have_a_volume_and_picks_with_their_regret() -> None:
+    """Boxes above the base, by hand: 0.5 x 0.5 x 0.5, and two that share 0.6 x 0.4 x 0.4, beside the three experts."""
+    tasks, weights = ("x", "y", "z"), dict(zip(("33-33-33", "67-17-17"), CENTROIDS[:2], strict=True))
+
+    def row(*points: tuple[float, float, float]) -> dict[str, dict[str, float]]:
+        return {name: dict(zip(tasks, point, strict=True)) for name, point in zip(weights, points, strict=True)}
+
+    seed = {
+        "anchors": {"base": dict.fromkeys(tasks, 0.0)},
+        "experts": {task: {each: 1.0 if each == task else -2.0 for each in tasks} for task in tasks},
+        "poor": row((-0.5, 0.2, 0.2), (0.5, 0.5, 0.5)),
+        "real training": row((0.6, 0.8, 0.8), (0.9, 0.4, 0.4)),
+    }
+    found = summary.summary(tasks, weights, [seed, seed])
+    poor, real = (found["rows"][name] for name in ("poor", "real training"))
+    assert poor["hypervolume"]["mean"] == pytest.approx(0.5**3)
+    assert real["hypervolume"]["mean"] == pytest.approx(0.6 * 0.8 * 0.8 + 0.9 * 0.4 * 0.4 - 0.6 * 0.4 * 0.4)
+    # (0.5, 0.5, 0.5) is short of (0.6, 0.8, 0.8) by (0.1, 0.3, 0.3) and of (0.9, 0.4, 0.4) by 0.4 in one task
+    assert poor["igd_plus"]["mean"] == pytest.approx((0.19**0.5 + 0.4) / 2, abs=1e-4)
+    assert found["picks"]["poor"]["weights"] == ["67-17-17"] * 2
+    regret = {name: each["regret"]["mean"] for name, each in found["picks"].items()}
+    assert regret == pytest.approx({"poor": 0.2, "real training": 0.0, "equal weights": 0.0})
+
+
+def test_weights_are_shares_that_name_their_runs_apart() -> None:
+    for group in GROUPS:
+        assert [sum(weights) for weights in group.weights] == pytest.approx([1] * len(group.weights))
+        assert all(len(weights) == len(group.tasks) and min(weights) >= 0 > -max(weights) for weights in group.weights)
+        assert len({label(weights) for weights in group.weights}) == len(group.weights)
+
+
 @pytest.mark.slow
 def test_the_study_runs_from_training_to_tables(tiny_checkpoint: TinyCheckpoints, tmp_path: Path) -> None:
     stream = random.Random(0)
@@ -61,19 +92,23 @@ def test_the_study_runs_from_training_to_tables(tiny_checkpoint: TinyCheckpoints
     folder = with_tokenizer(tiny_checkpoint("llama_tied"), tmp_path / "base", pad=True)
     family = Language(texts, folder=folder, window=8, rows=2)
     group = Group(("first", "second"), ((0.75, 0.25), (0.5, 0.5)))
+    triple = Group(family.tasks, (CENTROIDS[0], CENTROIDS[4]))
     for seed in (0, 1):
         for task in family.tasks:
             where = Place(tmp_path, family.name, "lora", seed).folder(task)
             train(family, "lora", task, seed=seed, schedule=QUICK, folder=where)
-        train_runs(family, tmp_path, group, seed, QUICK)
+        for each in (group, triple):
+            train_runs(family, tmp_path, each, seed, QUICK)
     chosen = {name: {"chosen": 0.1} for name in ("linear", "hessian_weighted", "gram", "kronecker")}
-    results = study.study(family, tmp_path, [group], (0, 1), rules(chosen))
+    results, again = (study.study(family, tmp_path, [group, triple], (0, 1), rules(chosen)) for _ in range(2))
     study.write(tmp_path / "out", results)
-    assert results == study.study(family, tmp_path, [group], (0, 1), rules(chosen)) | {"machine": results["machine"]}
+    assert results == again | {"machine": results["machine"]}
     found = results["groups"]["first+second"]
     assert list(found["rows"]) == ["linear", "hessian_weighted", "gram", "kronecker", "real training"]
     assert all(abs(found["experts"][0][task][task]) == 1 for task in (0, 1))  # two steps may also make it worse
-    assert (tmp_path / "out" / "fronts.png").stat().st_size > 10_000
+    third = results["groups"]["first+second+other"]
+    assert [len(point) for seed in third["points"]["kronecker"] for point in seed.values()] == [3] * 4
+    assert all((tmp_path / "out" / name).stat().st_size > 10_000 for name in ("fronts.png", "triple.png"))
     assert str(tmp_path) not in (tmp_path / "out" / "results.json").read_text()
 
 
