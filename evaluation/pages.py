@@ -117,6 +117,12 @@ PAGES = (
         commands=("python -m evaluation.speed.merge --workdir FOLDER --mergekit MERGEKIT/bin/python --repeats 3",),
     ),
     Page(
+        "speed/adapters",
+        "what does a merge of adapters cost beside PEFT's?",
+        minutes=3,
+        commands=("OMP_NUM_THREADS=1 python -m evaluation.speed.adapters --size 25m --rank 16 --repeats 5",),
+    ),
+    Page(
         "speed/optimizer",
         "what does a step of IVON cost beside ivon-opt and AdamW?",
         minutes=2,
