@@ -20,7 +20,8 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Folder or hub id of a model, an adapter or a merge, as NAME=MODEL or MODEL[+ADAPTER].",
+            help="Folder or hub id of a model, an adapter or a merge, as NAME=MODEL or MODEL[+ADAPTER]; or a merge "
+            "recipe (.yaml), which is merged in memory.",
             show_default=False,
         ),
     ],
@@ -136,8 +137,12 @@ def _model(text: str) -> dict[str, str]:
     """A model, or a name for it in front of an equals sign; a folder with such a name is a folder."""
     name, mark, reference = text.partition("=")
     if not mark or Path(text).exists() or not name or not reference:
-        return {"model": text}
-    return {"model": reference, "name": name}
+        return {_kind(text): text}
+    return {_kind(reference): reference, "name": name}
+
+
+def _kind(reference: str) -> str:
+    return "merge" if reference.endswith((".yaml", ".yml")) and not Path(reference).is_dir() else "model"
 
 
 def _samples(count: int | None, temperature: str | None) -> dict[str, Any] | None:

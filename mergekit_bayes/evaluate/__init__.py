@@ -1,6 +1,7 @@
 """Recipes of kind `evaluate`: from models and data to scores with intervals, a table and figures.
 
-    candidates.py       models opened by their headers; what cannot be evaluated together is refused
+    candidate.py        a model known by its headers: on disk; merged.py: a merge that is made in memory
+    candidates.py       all of them; what cannot be evaluated together is refused
     encodings.py        rows as each of the tokenizers reads them, once for all models that share it
     variants.py         the ways a model is looked at: its mean, samples of its posterior, pruned
     measure.py          what a block of rows adds, per row

@@ -3,54 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_bayes.checkpoint.adapter import is_adapter, open_adapter
 from mergekit_bayes.checkpoint.files import listed, shown
-from mergekit_bayes.checkpoint.fingerprint import fingerprint
-from mergekit_bayes.checkpoint.provenance import read_provenance
 from mergekit_bayes.checkpoint.reference import parse_reference, resolve
 from mergekit_bayes.checkpoint.sidecar import check_sidecar, find_sidecar, open_sidecar
 from mergekit_bayes.data import Task
 from mergekit_bayes.errors import EvaluateError, MergekitBayesError, ModelError, PlanError, RecipeError
+from mergekit_bayes.evaluate.candidate import Candidate, Stored
+from mergekit_bayes.evaluate.merged import open_merged
 from mergekit_bayes.model.trained import Trained, open_trained
 from mergekit_bayes.predict.precisions import check_sampled
-from mergekit_bayes.recipe.evaluate import METRICS, EvaluatedSpec, EvaluateRecipe, SamplesSpec
+from mergekit_bayes.recipe.evaluate import METRICS, EvaluatedSpec, EvaluateRecipe
 
-__all__ = ["Candidate", "open_candidates", "task_of"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model to evaluate.
-
-    Attributes:
-        spec: as in the recipe.
-        base: reference of the model, or of the adapter's base.
-        trained: its headers.
-        sidecar: path of its precisions; None if there are none, or none are wanted.
-        samples: of its posterior; None for its mean alone.
-        labels: of a classification, in the order of its outputs; None for language models.
-    """
-
-    spec: EvaluatedSpec
-    base: str
-    trained: Trained
-    sidecar: Path | None
-    samples: SamplesSpec | None
-    labels: tuple[str, ...] | None
-
-    @property
-    def title(self) -> str:
-        """What tables call it."""
-        return self.spec.title
-
-    @property
-    def identity(self) -> Mapping[str, object]:
-        """What its numbers depend on: the weights, and the precisions where they are used."""
-        sidecar = None if self.sidecar is None else fingerprint(open_sidecar(self.sidecar).tensors)
-        return {"base": self.trained.identity.fingerprint, "model": self.trained.fingerprint, "precision": sidecar}
+__all__ = ["open_candidates"]
 
 
 def open_candidates(recipe: EvaluateRecipe, *, recipe_dir: Path | None) -> tuple[Task, list[Candidate]]:
@@ -78,7 +45,7 @@ def open_candidates(recipe: EvaluateRecipe, *, recipe_dir: Path | None) -> tuple
         except MergekitBayesError as error:
             problems.append(error)
     problems += _no_precision(recipe, found)
-    tasks = {candidate.title: task_of(candidate.trained) for candidate in found}
+    tasks = {candidate.title: candidate.task for candidate in found}
     if problems:
         raise PlanError(problems)
     task = _common_task(recipe, tasks)
@@ -87,26 +54,17 @@ def open_candidates(recipe: EvaluateRecipe, *, recipe_dir: Path | None) -> tuple
     return task, found
 
 
-def task_of(trained: Trained) -> Task | None:
-    """What a model was trained to do, as far as its files tell."""
-    told: list[object] = [trained.checkpoint.config.get("architectures")]
-    if trained.adapter is not None:
-        told = [trained.adapter.config.get("task_type"), read_provenance(trained.adapter.metadata).architecture]
-    text = " ".join(str(part) for part in told)
-    if "SequenceClassification" in text or "SEQ_CLS" in text:
-        return "sequence_classification"
-    return "causal_lm" if any(word in text for word in ("CausalLM", "LMHead", "CAUSAL_LM")) else None
-
-
 def _open(recipe: EvaluateRecipe, index: int, spec: EvaluatedSpec, recipe_dir: Path | None) -> Candidate:
     here = Path() if recipe_dir is None else recipe_dir
-    model, adapter = _parts(recipe, spec, here)
+    if spec.model is None:
+        return open_merged(recipe, index, spec, here)
+    model, adapter = _parts(recipe, spec, spec.model, here)
     trained = open_trained(model, adapter, recipe_dir=recipe_dir)
     if isinstance(spec.precision, str):
         sidecar: Path | None = _existing(recipe, index, spec.precision, here)
     else:
         sidecar = None if spec.precision is False else find_sidecar(trained.folder)
-    return Candidate(spec, model, trained, sidecar, recipe.samples_of(spec), None)
+    return Stored(spec, recipe.samples_of(spec), sidecar, None, home=model, trained=trained)
 
 
 def _existing(recipe: EvaluateRecipe, index: int, path: str, here: Path) -> Path:
@@ -116,22 +74,22 @@ def _existing(recipe: EvaluateRecipe, index: int, path: str, here: Path) -> Path
     raise RecipeError(recipe.describe(("models", index, "precision"), f"there is no {shown(path)}."))
 
 
-def _parts(recipe: EvaluateRecipe, spec: EvaluatedSpec, here: Path) -> tuple[str, str | None]:
+def _parts(recipe: EvaluateRecipe, spec: EvaluatedSpec, model: str, here: Path) -> tuple[str, str | None]:
     """References of a model and of the adapter on it."""
-    parsed = parse_reference(spec.model, base_dir=here)
+    parsed = parse_reference(model, base_dir=here)
     if parsed.adapter is not None:
         return _joined(parsed.model, parsed.revision), _joined(parsed.adapter, parsed.adapter_revision)
     folder = resolve(parsed.model, parsed.revision, base_dir=here).path
     if not is_adapter(folder):
-        return spec.model, None
+        return model, None
     named = spec.base_model or recipe.base_model
     if named is not None:
-        return named, spec.model
-    known = open_adapter(folder, reference=spec.model).config.get("base_model_name_or_path")
+        return named, model
+    known = open_adapter(folder, reference=model).config.get("base_model_name_or_path")
     if not isinstance(known, str) or not known:
-        raise ModelError(f"adapter {shown(spec.model)}: does not name its base; add `base_model`")
+        raise ModelError(f"adapter {shown(model)}: does not name its base; add `base_model`")
     beside = folder.parent / known  # what was saved with a relative path names a neighbour
-    return (str(beside) if not Path(known).exists() and beside.is_dir() else known), spec.model
+    return (str(beside) if not Path(known).exists() and beside.is_dir() else known), model
 
 
 def _joined(name: str, revision: str | None) -> str:
@@ -144,14 +102,20 @@ def _no_precision(recipe: EvaluateRecipe, found: Sequence[Candidate]) -> Iterato
         asked = "samples" if candidate.samples is not None else "prune" if recipe.prune else None
         if asked is None:
             continue
-        if candidate.sidecar is not None:
+        if isinstance(candidate, Stored) and candidate.sidecar is not None:
             yield from _unfit(candidate.trained, candidate.sidecar)
-        else:
-            advice = "`samples: false` for this model" if asked == "samples" else "no `prune`"
+            continue
+        advice = "`samples: false` for this model" if asked == "samples" else "no `prune`"
+        if isinstance(candidate, Stored):
             yield EvaluateError(
                 f"model {shown(candidate.title)}: has no precision sidecar, which `{asked}` needs; expected "
                 f"precision.safetensors beside the weights, a path as `precision`, or {advice}. A recipe of kind "
                 "`precision` estimates one"
+            )
+        else:
+            yield EvaluateError(
+                f"model {shown(candidate.title)}: is merged in memory, at its mean alone, and `{asked}` needs its "
+                f"precisions; write the merge to disk with bayes-merge and name its folder as `model`, or {advice}"
             )
 
 
@@ -192,8 +156,8 @@ def _with_labels(recipe: EvaluateRecipe, found: Sequence[Candidate]) -> list[Can
     """The candidates with the names of their outputs, which are the same set for all of them."""
     labelled, problems = [], list[MergekitBayesError]()
     for candidate in found:
-        labels = candidate.trained.labels or _named(recipe, candidate, problems)
-        labelled.append(Candidate(**{**vars(candidate), "labels": labels}))
+        labels = candidate.known_labels or _named(recipe, candidate, problems)
+        labelled.append(candidate.with_labels(labels))
     wanted = recipe.data.labels or labelled[0].labels or ()
     for candidate in labelled:
         if candidate.labels is not None and set(candidate.labels) != set(wanted):
@@ -211,12 +175,12 @@ def _with_labels(recipe: EvaluateRecipe, found: Sequence[Candidate]) -> list[Can
 
 def _named(recipe: EvaluateRecipe, candidate: Candidate, problems: list[MergekitBayesError]) -> tuple[str, ...] | None:
     """Labels of a model whose files only count them: those of the recipe, else their numbers."""
-    stored = candidate.trained.checkpoint.config.get("id2label")
+    stored = candidate.config.get("id2label")
     count = len(stored) if isinstance(stored, dict) else 2
     given = recipe.data.labels
     if given is None:
         return tuple(str(number) for number in range(count))
-    if len(given) != count and candidate.trained.adapter is None:
+    if len(given) != count and candidate.has_own_head:
         problems.append(
             EvaluateError(
                 f"model {shown(candidate.title)}: has {count} outputs, `data.labels` has {len(given)} names; expected "

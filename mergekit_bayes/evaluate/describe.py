@@ -8,7 +8,8 @@ from pathlib import Path
 from mergekit_bayes.checkpoint.output import OutputFolder
 from mergekit_bayes.data.locate import HubDataset, locate
 from mergekit_bayes.errors import MergekitBayesError, PlanError
-from mergekit_bayes.evaluate.candidates import Candidate, open_candidates
+from mergekit_bayes.evaluate.candidate import Candidate
+from mergekit_bayes.evaluate.candidates import open_candidates
 from mergekit_bayes.evaluate.variants import variants_of
 from mergekit_bayes.recipe import dump_yaml
 from mergekit_bayes.recipe.data import DatasetSpec
@@ -46,7 +47,7 @@ def describe(recipe: EvaluateRecipe) -> str:
 def _models(recipe: EvaluateRecipe) -> Iterator[str]:
     task, candidates = open_candidates(recipe, recipe_dir=recipe.folder)
     for candidate in candidates:
-        yield f"{candidate.title}: {', '.join(_ways(recipe, candidate))}{_about(candidate)}"
+        yield f"{candidate.title}: {', '.join(_ways(recipe, candidate))}; {candidate.about}"
     yield f"for {task}: {', '.join(recipe.metrics or METRICS[task])}"
     if len(candidates) > 1:
         yield f"compared with {recipe.baseline_title}"
@@ -60,13 +61,6 @@ def _ways(recipe: EvaluateRecipe, candidate: Candidate) -> Iterator[str]:
             yield f"{variant.samples} samples at temperature {at}"
         else:
             yield f"pruned by {variant.prune:g}" if variant.prune else "at its mean"
-
-
-def _about(candidate: Candidate) -> str:
-    weights = sum(info.numel for info in candidate.trained.checkpoint.tensors.values())
-    if candidate.trained.adapter is None:
-        return f"; {weights:,} weights"
-    return f"; an adapter on {candidate.base}, {weights:,} weights"
 
 
 def _data(recipe: EvaluateRecipe) -> Iterator[str]:

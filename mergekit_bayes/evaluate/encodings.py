@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bayes.data import DatasetReport, Rows, Task
 from mergekit_bayes.errors import DataError
-from mergekit_bayes.evaluate.candidates import Candidate
-from mergekit_bayes.model.tokens import load_tokenizer
+from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.predict.rows import read_rows, spread, target_bytes
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class Encodings:
             ModelError: the model has no tokenizer.
         """
         if candidate.title not in self._by_title:
-            tokenizer = load_tokenizer(candidate.trained.checkpoint.folder, reference=candidate.base)
+            tokenizer = candidate.tokenizer()
             key = (tokenizer_identity(tokenizer), candidate.labels)
             if key not in self._known:
                 self._known[key] = self._read(key[0], tokenizer, candidate)

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_bayes.data import Rows, Task
-from mergekit_bayes.evaluate.candidates import Candidate
+from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.evaluate.encodings import Encoding
 from mergekit_bayes.evaluate.measure import Measured, measure_block, predictor
 from mergekit_bayes.evaluate.variants import Variant
-from mergekit_bayes.model.trained import load_trained
 from mergekit_bayes.predict.attach import AttachedPosterior, attach_posterior
 from mergekit_bayes.predict.pruning import Pruning
 from mergekit_bayes.predict.rows import Feed, check_rows
 from mergekit_bayes.predict.temperature import choose_temperature
-from mergekit_bayes.recipe.model import ModelSpec
 
 if TYPE_CHECKING:
     from mergekit_bayes.model import LoadedModel
@@ -101,8 +99,7 @@ class OpenModel:
 
     @functools.cached_property
     def _loaded(self) -> LoadedModel:
-        spec = ModelSpec(path=self.candidate.base, task=self.task, dtype=self.recipe.dtype)
-        found = load_trained(self.candidate.trained, spec, labels=self.candidate.labels, device=self.device)
+        found = self.candidate.load(self.task, dtype=self.recipe.dtype, device=self.device)
         for rows in filter(None, (self.encoding.rows, self.encoding.validation)):
             check_rows(rows, found, self.candidate.title)
         return found

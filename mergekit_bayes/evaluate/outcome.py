@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_bayes.evaluate.candidates import Candidate
+from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.evaluate.encodings import Encoding
 from mergekit_bayes.evaluate.measure import Measured
 from mergekit_bayes.evaluate.variants import Variant

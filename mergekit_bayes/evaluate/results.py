@@ -102,9 +102,9 @@ def _data(outcomes: Sequence[Outcome], index: int, part: Part) -> dict[str, Any]
 def _model(outcome: Outcome) -> dict[str, Any]:
     return {
         "model": outcome.candidate.title,
-        "reference": outcome.candidate.spec.model,
-        "base": outcome.candidate.base if outcome.candidate.trained.adapter is not None else None,
-        "fingerprint": outcome.candidate.trained.fingerprint,
+        "reference": outcome.candidate.reference,
+        "base": outcome.candidate.base,
+        "fingerprint": outcome.candidate.fingerprint,
         "tokenizer": outcome.encoding.tokenizer,
         "labels": None if outcome.candidate.labels is None else list(outcome.candidate.labels),
         "samples": outcome.variant.samples,

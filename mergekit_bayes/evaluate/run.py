@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bayes.checkpoint.disk import write_atomically
 from mergekit_bayes.checkpoint.output import OutputFolder
 from mergekit_bayes.errors import EvaluateError
-from mergekit_bayes.evaluate.candidates import Candidate, open_candidates
+from mergekit_bayes.evaluate.candidate import Candidate
+from mergekit_bayes.evaluate.candidates import open_candidates
 from mergekit_bayes.evaluate.encodings import Encodings
 from mergekit_bayes.evaluate.outcome import Outcome
 from mergekit_bayes.evaluate.pictures import draw_reliability, draw_scores
@@ -19,6 +20,7 @@ from mergekit_bayes.evaluate.processes import make_accelerator
 from mergekit_bayes.evaluate.results import results_of, results_text
 from mergekit_bayes.evaluate.session import Session
 from mergekit_bayes.evaluate.store import ROWS_FOLDER, Store, write_rows
+from mergekit_bayes.merge.schemas import method_schemas
 from mergekit_bayes.recipe import dump_yaml, load_recipe
 from mergekit_bayes.recipe.evaluate import EvaluateRecipe
 
@@ -89,7 +91,7 @@ def evaluate(
         MergekitBayesError: models or data that do not fit, numbers or a disk that failed; nothing existing was touched.
         KeyboardInterrupt: Ctrl-C; the same call goes on from what was finished.
     """
-    loaded = recipe if isinstance(recipe, EvaluateRecipe) else load_recipe(recipe, expect=EvaluateRecipe)
+    loaded = _loaded(recipe)
     places = recipe_dir if recipe_dir is not None else loaded.folder
     accelerator = make_accelerator()
     task, candidates = open_candidates(loaded, recipe_dir=places)
@@ -111,25 +113,24 @@ def evaluate(
     return EvaluateResult(None if folder is None else folder.target, results)
 
 
+def _loaded(recipe: EvaluateRecipe | Path | str | Mapping[str, Any]) -> EvaluateRecipe:
+    if isinstance(recipe, EvaluateRecipe):
+        return recipe
+    return load_recipe(recipe, expect=EvaluateRecipe, methods=method_schemas())
+
+
 def _folder(
     recipe: EvaluateRecipe, candidates: Sequence[Candidate], out: Path | str | None, *, overwrite: bool, leader: bool
 ) -> OutputFolder | None:
     named = out if out is not None else recipe.output.path
     if named is None:
         return None
-    inputs = [place for candidate in candidates for place in _places(candidate)]
+    inputs = [place for candidate in candidates for place in candidate.places]
     folder = OutputFolder(Path(named), overwrite=overwrite, inputs=inputs, job=_JOB, leader=leader, precious=True)
     if leader:
         folder.recover()
         folder.check()
     return folder
-
-
-def _places(candidate: Candidate) -> Iterator[Path]:
-    yield candidate.trained.checkpoint.folder
-    yield candidate.trained.folder
-    if candidate.sidecar is not None:
-        yield candidate.sidecar.parent
 
 
 def _write(staging: Path, recipe: EvaluateRecipe, outcomes: Sequence[Outcome], results: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_bayes.data import Task
-from mergekit_bayes.evaluate.candidates import Candidate
+from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.evaluate.encodings import Encodings
 from mergekit_bayes.evaluate.measure import Measured
 from mergekit_bayes.evaluate.open_model import OpenModel

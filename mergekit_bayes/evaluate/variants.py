@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from mergekit_bayes.evaluate.candidates import Candidate
+from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.predict.attach import AttachedPosterior
 from mergekit_bayes.predict.pruning import prune_posterior
 from mergekit_bayes.recipe.evaluate import EvaluateRecipe

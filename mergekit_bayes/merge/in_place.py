@@ -1,4 +1,4 @@
-"""A merge in the weights of a model in memory, again and again with other weights; nothing is written to disk.
+"""A merge in the weights of a model in memory, once or again and again with other weights; nothing is written to disk.
 
 Every tensor goes through the kernel that a merge would use and is rounded to the dtype that a merge would write, so
 that what is evaluated is what `bayes-merge` makes of the same recipe.
@@ -7,6 +7,7 @@ that what is evaluated is what `bayes-merge` makes of the same recipe.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -20,13 +21,14 @@ from mergekit_bayes.errors import EvaluateError, NonFiniteError, NonPositivePrec
 from mergekit_bayes.merge.blocks import Formula, Stored, in_chunks
 from mergekit_bayes.merge.modules import run_module
 from mergekit_bayes.merge.operands import OperandReader
-from mergekit_bayes.merge.plan import MergePlan
+from mergekit_bayes.merge.plan import MergePlan, plan_merge
 from mergekit_bayes.merge.sink import Sink
 from mergekit_bayes.merge.steps import CopyStep, MergeStep, ModuleStep, Step, TensorStep
 from mergekit_bayes.merge.tensors import run_tensor
 from mergekit_bayes.predict.names import weights_of
+from mergekit_bayes.recipe import MergeRecipe
 
-__all__ = ["InPlace"]
+__all__ = ["InPlace", "changed_weights", "merge_in_place", "plan_in_place"]
 
 _ADAPTER_PREFIX = "base_model.model."
 
@@ -39,13 +41,14 @@ class InPlace:
         plan: the merge.
         title: how messages call it.
         max_memory: bytes of sources that are kept between loads; what does not fit is read again.
+        restore: whether the base's weights are kept aside and put back; without them there is one load, and it stays.
 
     Raises:
         EvaluateError: the merge has tensors that the model has not, or not as tensors of their own.
     """
 
-    def __init__(self, model: nn.Module, plan: MergePlan, *, title: str, max_memory: int) -> None:
-        self._plan = plan
+    def __init__(self, model: nn.Module, plan: MergePlan, *, title: str, max_memory: int, restore: bool = True) -> None:
+        self._plan, self._restore = plan, restore
         self._targets = _targets(model, plan, title)
         self._kept: dict[str, tuple[Stored, list[Stored]]] = {}
         self._room = max_memory
@@ -55,7 +58,8 @@ class InPlace:
 
     def __enter__(self) -> Self:
         with torch.no_grad():
-            self._base = {name: parameter.detach().clone() for name, parameter in self._targets.items()}
+            kept = {name: parameter.detach() for name, parameter in self._targets.items()}
+            self._base = {name: values.clone() for name, values in kept.items()} if self._restore else kept
             for step in self._plan.steps:
                 if isinstance(step, CopyStep) and step.name in self._targets:
                     self._targets[step.name].copy_(self._reader.read_tensor(step.tensor))
@@ -65,7 +69,7 @@ class InPlace:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with torch.no_grad():
-            for name, values in self._base.items():
+            for name, values in self._base.items() if self._restore else ():
                 self._targets[name].copy_(values)
         self._base = {}
         self._reader.close()
@@ -138,6 +142,45 @@ class InPlace:
         target.copy_(values.reshape(target.shape))
 
 
+def plan_in_place(recipe: MergeRecipe, *, recipe_dir: Path | None = None) -> MergePlan:
+    """Plans a merge that is only looked at: nothing is written, and no merged precisions are asked for.
+
+    Args:
+        recipe: a validated recipe.
+        recipe_dir: folder that relative paths are tried from after the current directory.
+
+    Raises:
+        PlanError: everything that stands in the way, at once.
+    """
+    unwritten = recipe.output.model_copy(update={"precision": False, "path": None})
+    return plan_merge(recipe.model_copy(update={"output": unwritten}), recipe_dir=recipe_dir)
+
+
+def merge_in_place(model: nn.Module, plan: MergePlan, *, title: str) -> None:
+    """Gives a model the weights of a merge for good; beside the model one tensor of every source is in memory.
+
+    Args:
+        model: the base.
+        plan: the merge.
+        title: how messages call it.
+
+    Raises:
+        EvaluateError: the merge has tensors that the model has not, or not as tensors of their own.
+        NumericalError: the merge is not finite, or a merged precision not positive.
+    """
+    with InPlace(model, plan, title=title, max_memory=0, restore=False) as merge:
+        merge.load()
+
+
+def changed_weights(plan: MergePlan) -> frozenset[str]:
+    """Names, as a model has them, of the weights that a merge makes or takes from its sources."""
+    return frozenset(
+        _weight_of(step).removeprefix(_ADAPTER_PREFIX)
+        for step in plan.steps
+        if not (isinstance(step, CopyStep) and _of_the_base(step, plan))
+    )
+
+
 class _Memory(Sink):
     """Keeps what a step makes of whole tensors."""
 
@@ -162,14 +205,18 @@ def _weight_of(step: Step) -> str:
     return f"{step.name}.weight" if isinstance(step, ModuleStep) else step.name
 
 
+def _of_the_base(step: CopyStep, plan: MergePlan) -> bool:
+    """Whether a step copies what the model has already."""
+    return plan.base is None or step.tensor in plan.base.mean_tensors.values()
+
+
 def _targets(model: nn.Module, plan: MergePlan, title: str) -> dict[str, nn.Parameter]:
     """The parameter behind every tensor that the merge changes, by the name of its step or weight."""
     known = weights_of(model).parameters
     names = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     found: dict[str, nn.Parameter] = {}
     for step in plan.steps:
-        base = plan.base
-        if isinstance(step, CopyStep) and (base is None or step.tensor in base.mean_tensors.values()):
+        if isinstance(step, CopyStep) and _of_the_base(step, plan):
             continue
         name = _weight_of(step)
         plain = name.removeprefix(_ADAPTER_PREFIX)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit_bayes.errors import MergekitBayesError, PlanError, RecipeError
+from mergekit_bayes.merge.in_place import plan_in_place
 from mergekit_bayes.merge.inputs import flatten
-from mergekit_bayes.merge.plan import MergePlan, plan_merge
+from mergekit_bayes.merge.plan import MergePlan
 from mergekit_bayes.merge.registry import get_method
 from mergekit_bayes.merge.schemas import method_schemas
 from mergekit_bayes.merge.steps import CopyStep, ModuleStep, Step
@@ -93,7 +94,7 @@ def plan_methods(
             merge = merge_recipe(recipe, method, [1.0] * len(recipe.models))
             merge = merge if space is None else merge.model_copy(update={"space": space})
             problems += _unplain(merge)
-            plans.append(MethodPlan(method, plan_merge(_without_precision(merge), recipe_dir=folder)))
+            plans.append(MethodPlan(method, plan_in_place(merge, recipe_dir=folder)))
         except MergekitBayesError as error:
             problems += [type(each)(f"{method.title}: {each}") for each in flatten(error)]
     if problems:
@@ -153,7 +154,7 @@ def curvature_plan(recipe: PreviewRecipe, recipe_dir: Path | None = None) -> Mer
         precision=None if rule is None else rule.precision,
     )
     merge = merge_recipe(recipe, shared, [1.0] * len(recipe.models))
-    return plan_merge(_without_precision(merge), recipe_dir=folder)
+    return plan_in_place(merge, recipe_dir=folder)
 
 
 def _unplain(merge: MergeRecipe) -> Iterator[RecipeError]:
@@ -162,8 +163,3 @@ def _unplain(merge: MergeRecipe) -> Iterator[RecipeError]:
     for name, value in merge.parameters.items():
         if ruled and name != "weight" and not isinstance(value, Scalar):
             yield RecipeError(f"parameters.{name}: differs between layers; a preview needs one value for all of them")
-
-
-def _without_precision(merge: MergeRecipe) -> MergeRecipe:
-    """A merge that is only looked at needs no sidecar."""
-    return merge.model_copy(update={"output": merge.output.model_copy(update={"precision": False})})

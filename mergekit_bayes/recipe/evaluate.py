@@ -1,7 +1,7 @@
 """The evaluation recipe: how good models are, and how sure of it one can be; frozen, checked data.
 
     kind: evaluate
-    models: [models/base, tuned/code, {name: merged, model: merged}]
+    models: [models/base, tuned/code, {name: merged, merge: merge.yaml}]
     data: held_out/code.jsonl
     samples: {count: 8, temperature: 0.1}
     output: {path: scores}
@@ -23,7 +23,7 @@ from mergekit_bayes.recipe.evaluation_data import EvaluationDataSpec, evaluation
 from mergekit_bayes.recipe.model import TrainingDType
 from mergekit_bayes.recipe.problem import refusal, show
 from mergekit_bayes.recipe.reference import model_reference
-from mergekit_bayes.recipe.spec import Recipe, Spec, checked, empty_if_nothing
+from mergekit_bayes.recipe.spec import Entries, Recipe, Spec, checked, empty_if_nothing
 
 __all__ = [
     "EVALUATE_SPECS",
@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 EvaluatedTask: TypeAlias = Literal["causal_lm", "sequence_classification"]
+
+OF_MODELS_ON_DISK = ("base_model", "precision")
+"""Keys of a model that mean nothing for a merge in memory."""
 
 METRICS: Mapping[str, tuple[str, ...]] = {
     "causal_lm": ("loss", "perplexity", "bits_per_byte"),
@@ -117,18 +120,31 @@ def _own_samples(value: object) -> object:
     return _samples(value)
 
 
+def _merge(value: object) -> str | Entries[object] | None:
+    """A path, or a merge recipe written out, which is checked where merge methods are known."""
+    if value is None or isinstance(value, Entries):
+        return value
+    if isinstance(value, Mapping):
+        return Entries(tuple(value.items()))
+    if isinstance(value, bool | int | float | list | tuple):
+        raise refusal(f"expected the path of a merge recipe, or the recipe itself as a mapping, found {show(value)}.")
+    return field.text(value)
+
+
 class EvaluatedSpec(Spec):
-    """One model.
+    """One model: one that lies somewhere (`model`), or a merge that is made in memory (`merge`).
 
     Attributes:
         model: folder or hub id of a model, of an adapter or of the output of a merge, `[@revision][+adapter]`.
-        name: what tables call it; None for the reference itself.
+        merge: path of a merge recipe, or that recipe written out; it is evaluated at its mean and not written.
+        name: what tables call it; None for the reference or the path itself.
         base_model: of an adapter; None for the recipe's, else what the adapter's own configuration names.
         precision: path of its sidecar; None for the one beside it, False for none.
         samples: False to look at its mean only.
     """
 
-    model: Annotated[str, checked(model_reference)]
+    model: Annotated[str | None, checked(field.optional(model_reference))] = None
+    merge: Annotated[str | Entries[object] | None, checked(_merge)] = None
     name: Annotated[str | None, checked(field.optional(field.text))] = None
     base_model: Annotated[str | None, checked(field.optional(field.text))] = None
     precision: Annotated[str | Literal[False] | None, checked(_precision)] = None
@@ -137,7 +153,11 @@ class EvaluatedSpec(Spec):
     @property
     def title(self) -> str:
         """What tables call it."""
-        return self.name or self.model
+        return self.name or self.model or str(self.merge)
+
+    def without_effect(self) -> frozenset[str]:
+        """What a merge recipe says itself."""
+        return frozenset() if self.merge is None else frozenset(OF_MODELS_ON_DISK)
 
 
 class IntervalSpec(Spec):
@@ -165,7 +185,8 @@ class EvaluateOutputSpec(Spec):
 def _models(value: object) -> object:
     entries = [value] if isinstance(value, str | os.PathLike | Mapping | EvaluatedSpec) else value
     if not isinstance(entries, list | tuple):
-        raise refusal(f"expected a list of models, each a reference or `- model: ...`, found {show(value)}.")
+        expected = "expected a list of models, each a reference, `- model: ...` or `- merge: ...`"
+        raise refusal(f"{expected}, found {show(value)}.")
     if not entries:
         raise refusal("found no model; an evaluation has at least one.")
     return [{"model": entry} if isinstance(entry, str | os.PathLike) else entry for entry in entries]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from mergekit_bayes.recipe.evaluate import EVALUATE_SPECS, METRICS, EvaluateRecipe
+from mergekit_bayes.recipe.evaluate import EVALUATE_SPECS, METRICS, OF_MODELS_ON_DISK, EvaluateRecipe
+from mergekit_bayes.recipe.merge_check import check_merge
 from mergekit_bayes.recipe.method_schema import MethodSchema
-from mergekit_bayes.recipe.problem import KeyPath, Problem, did_you_mean, one_of
+from mergekit_bayes.recipe.problem import KeyPath, Problem, did_you_mean, one_of, show
 from mergekit_bayes.recipe.wording import Place, Wording, validate
 
 _Data = Mapping[str, object]
 
+_INSTEAD = frozenset({"path", "adapter"})  # written in place of `model`, and refused as what they are
 _ALL = frozenset(name for names in METRICS.values() for name in names)
 
 
@@ -19,9 +22,10 @@ def check_evaluate(data: _Data, methods: Sequence[MethodSchema]) -> tuple[Evalua
 
     Args:
         data: the recipe as plain data.
-        methods: not needed; nothing is merged.
+        methods: the merge methods there are; without them, merges that are written out are checked when they are made.
     """
     recipe, problems = validate(EvaluateRecipe, data, _WORDING)
+    problems += [*_model_problems(data), *_merge_problems(data, methods)]
     problems += [*_name_problems(data), *_temperature_problems(data), *_metric_problems(data), *_mixture_problems(data)]
     return recipe, problems
 
@@ -33,8 +37,42 @@ def _entries(data: _Data) -> Iterator[tuple[int, object]]:
 
 
 def _title(entry: object) -> str | None:
-    found = entry.get("name") or entry.get("model") if isinstance(entry, Mapping) else entry
+    if not isinstance(entry, Mapping):
+        return entry if isinstance(entry, str) else None
+    found = entry.get("name") or entry.get("model") or entry.get("merge")
     return found if isinstance(found, str) else None
+
+
+def _model_problems(data: _Data) -> Iterator[Problem]:
+    """Entries that name no model, or two."""
+    for index, entry in _entries(data):
+        if not isinstance(entry, Mapping):
+            continue
+        path = ("models", index)
+        model, merge = entry.get("model"), entry.get("merge")
+        if model is None and merge is None and not _INSTEAD & entry.keys():
+            yield Problem((*path, "model"), "missing; every entry names a `model`, or the recipe of a `merge`.")
+        if model is not None and merge is not None:
+            yield Problem((*path, "merge"), "beside a `model`; keep one of them.", at_key=True)
+        if isinstance(merge, Mapping) and not entry.get("name"):
+            yield Problem((*path, "name"), "missing; say what tables call this merge.")
+        for name in OF_MODELS_ON_DISK if merge is not None and model is None else ():
+            if entry.get(name) is not None:
+                yield Problem((*path, name), "has no effect; the recipe of the merge says it. Remove it.", at_key=True)
+
+
+def _merge_problems(data: _Data, methods: Sequence[MethodSchema]) -> Iterator[Problem]:
+    """What the check of merge recipes has to say about those that are written out."""
+    for index, entry in _entries(data):
+        merge = entry.get("merge") if isinstance(entry, Mapping) else None
+        if not methods or not isinstance(merge, Mapping):
+            continue
+        path = ("models", index, "merge")
+        if merge.get("kind", "merge") != "merge":
+            yield Problem((*path, "kind"), f"expected a recipe of kind `merge`, found {show(merge['kind'])}.")
+            continue
+        _, problems = check_merge(merge, methods)
+        yield from (replace(problem, path=(*path, *problem.path)) for problem in problems)
 
 
 def _name_problems(data: _Data) -> Iterator[Problem]:
@@ -117,7 +155,6 @@ _WORDING = Wording(
     EVALUATE_SPECS,
     required={
         "models": "list what is evaluated, such as `models: [base, tuned]`.",
-        "model": "every entry names a model.",
         "data": "name the rows to evaluate on, such as `data: held_out.jsonl`.",
         "eval": "list what to evaluate on, each `- path: ...`.",
         "path": "name a file, a folder or a hub id.",
@@ -125,7 +162,6 @@ _WORDING = Wording(
     foreign=_foreign,
     stand_ins={
         "models": frozenset({"model", "path"}),
-        "model": frozenset({"path", "adapter"}),
         "data": frozenset({"dataset", "eval"}),
         "eval": frozenset({"path", "file", "files", "test", "validation"}),
     },

@@ -88,6 +88,24 @@ def test_without_a_recipe(command: Command, site: Path) -> None:
     assert sorted(path.name for path in site.iterdir()) == ["base", "r.yaml", "rows.jsonl", "tuned"]
 
 
+def test_a_merge_recipe_stands_for_its_merge(command: Command, site: Path) -> None:
+    (site / "merge.yaml").write_text("merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: tuned}]\n")
+    with (site / "merge.yaml").open("a") as file:
+        file.write("parameters: {weight: 1.0}\n")
+    done = command("evaluate", "tuned", "alone=merge.yaml", "--data", "rows.jsonl", "--out", "scores", "-q")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    found = json.loads((site / "scores" / "results.json").read_text())["scores"]
+    assert found["alone"]["rows"]["loss"]["value"] == pytest.approx(found["tuned"]["rows"]["loss"]["value"], rel=1e-6)
+    assert sorted(path.name for path in site.iterdir()) == [
+        "base",
+        "merge.yaml",
+        "r.yaml",
+        "rows.jsonl",
+        "scores",
+        "tuned",
+    ]
+
+
 def test_options_are_those_of_a_recipe(command: Command, site: Path) -> None:
     options = ["--samples", "2", "--temperature", "validation", "--validation", "rows.jsonl", "--prune", "0.5"]
     options += ["--max-length", "16", "--packing", "--batch-size", "2", "--seed", "3", "--base-model", "base"]
@@ -109,7 +127,7 @@ def test_options_are_those_of_a_recipe(command: Command, site: Path) -> None:
         (["base", "--data", "rows.jsonl", "--metric", "brier"], "models of `causal_lm` have no brier"),
         (["base", "--data", "rows.jsonl", "--temperature", "hot"], 'expected a number or `validation`, found "hot"'),
         (["base", "base", "--data", "rows.jsonl"], "has the name of `models[0]`"),
-        (["r.yaml", "--data", "rows.jsonl"], "is a file; expected the folder"),
+        (["r.yaml", "--data", "rows.jsonl"], "expected a recipe of kind `merge`, found `evaluate`"),
     ],
 )
 def test_bad_input(command: Command, site: Path, arguments: list[str], message: str) -> None:

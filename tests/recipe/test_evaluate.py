@@ -54,6 +54,10 @@ def test_a_resolved_recipe_reads_back() -> None:
         coverage=[0.9, 0.5],
     )
     assert load_recipe(recipe.resolved(), expect=EvaluateRecipe) == recipe
+    merge = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 0.5}}]}
+    merged = load(models=["base", {"merge": "merge.yaml"}, {"name": "mine", "merge": merge, "samples": False}])
+    assert load_recipe(merged.resolved(), expect=EvaluateRecipe) == merged
+    assert [model.title for model in merged.models] == ["base", "merge.yaml", "mine"]
     assert (recipe.prune, recipe.coverage) == ((0.25, 0.5), (0.5, 0.9))
 
 
@@ -68,6 +72,18 @@ def test_a_resolved_recipe_reads_back() -> None:
         ({"metrics": ["brier", "loss"]}, "metrics: belong to several tasks"),
         ({"metrics": "loss", "coverage": 0.5}, "coverage: has no effect without `selective_accuracy`"),
         ({"data": {"eval": {"path": "a", "weight": 1}}}, "data.eval.weight: is of training mixtures"),
+        (
+            {"models": [{"name": "a"}]},
+            "models[0].model: missing; every entry names a `model`, or the recipe of a `merge`",
+        ),
+        ({"models": [{"model": "a", "merge": "b.yaml"}]}, "models[0].merge: beside a `model`; keep one of them."),
+        ({"models": [{"merge": {"models": []}}]}, "models[0].name: missing; say what tables call this merge."),
+        ({"models": [{"merge": ["a"]}]}, "models[0].merge: expected the path of a merge recipe, or the recipe itself"),
+        (
+            {"models": [{"merge": "a", "base_model": "b"}]},
+            "models[0].base_model: has no effect; the recipe of the merge",
+        ),
+        ({"models": [{"merge": "a.yaml"}, {"merge": "a.yaml"}]}, "models[1]: has the name of `models[0]`"),
         ({"coverage": 0}, "coverage: expected a number above 0"),
         ({"samples": {"temperature": 0}}, "samples.temperature: expected a number above 0"),
         ({"max_length": 3}, "max_length: unknown key. Here it is `data.max_length`."),
