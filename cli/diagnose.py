@@ -1,4 +1,4 @@
-"""`bayes-merge diagnose MERGED`: what a merge is predicted to cost and where its sources conflict."""
+"""`bayes-merge diagnose MERGE`: what a merge is predicted to cost and where its sources conflict."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from .failure import exit_codes
 if TYPE_CHECKING:
     from mergekit_bayes.evaluate.measured import Comparison
     from mergekit_bayes.merge.diagnosis import Diagnosis
+    from mergekit_bayes.preview.families import FamilyCosts
 
 
 def diagnose(
-    merged: Annotated[Path, typer.Argument(help="Folder that a merge has written.", show_default=False)],
+    merge: Annotated[
+        Path, typer.Argument(help="Folder that a merge has written, or a merge recipe.", show_default=False)
+    ],
     *,
     top: Annotated[int, typer.Option(min=0, metavar="N", help="How many tensors to list.")] = 10,
     figure: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Where the heat map goes.", show_default="mismatch.png in MERGED"),
+        typer.Option(metavar="FILE", help="Where the heat map goes.", show_default="mismatch.png in the folder"),
     ] = None,
     results: Annotated[
         Path | None,
@@ -38,26 +41,82 @@ def diagnose(
             show_default="called like the source",
         ),
     ] = None,
+    families: Annotated[
+        bool,
+        typer.Option(
+            "--families",
+            help="Also say how much of it richer posteriors would remove; reads the sources, draws families.png.",
+        ),
+    ] = False,
 ) -> None:
     """Show what a merge is predicted to cost each source, and where they conflict.
 
-    Reads the report of the merge, no weights and no data, and draws the heat map of it.
+    Reads the report of the merge, no weights and no data, and draws the heat map of it. With --families the sources
+    are read, and merges by isotropic, diagonal and Kronecker posteriors are compared at the same weights. Of a recipe,
+    which has no report yet, that comparison is all: nothing is written but a figure that --figure names.
     """
     with exit_codes():
+        if merge.is_file():
+            _refuse_for_recipes(results, task)
+            print("\n".join(_families(merge, figure)))
+            return
         from mergekit_bayes.merge.diagnosis import read_diagnosis
 
-        found = read_diagnosis(merged)
+        found = read_diagnosis(merge)
         lines = [*_costs(found), *_conflicts(found, top)]
         if results is not None:
             from mergekit_bayes.evaluate.measured import compare_with
 
             lines += _compared(compare_with(found, results, _tasks(task or [])))
 
+        if families:
+            from mergekit_bayes.merge.finish import RECIPE_NAME
+
+            lines += _families(merge / RECIPE_NAME, merge / "families.png")
+
         from mergekit_bayes.merge.heat_map import draw_heat_map
 
-        path = figure if figure is not None else merged / "mismatch.png"
+        path = figure if figure is not None else merge / "mismatch.png"
         draw_heat_map(path, found)
         print("\n".join([*lines, f"heat map: {path}"]))
+
+
+def _refuse_for_recipes(results: Path | None, task: list[str] | None) -> None:
+    for name, given in (("--results", results), ("--task", task)):
+        if given:
+            raise typer.BadParameter(
+                "a recipe has no merge to compare with; name the folder of one", param_hint=f"'{name}'"
+            )
+
+
+def _families(recipe: Path, figure: Path | None) -> Iterator[str]:
+    from mergekit_bayes.preview.families import compare_families
+
+    costs = compare_families(recipe)
+    yield from _by_family(costs)
+    if figure is not None:
+        from mergekit_bayes.preview.family_figure import draw_families
+
+        draw_families(figure, costs)
+        yield f"families: {figure}"
+
+
+def _by_family(costs: FamilyCosts) -> Iterator[str]:
+    from mergekit_bayes.merge.diagnosis import short_labels
+
+    unit = "nats per training unit" if costs.per_unit else "nats"
+    short = short_labels(costs.labels)
+    yield f"merges by poorer and richer posteriors, judged by the {costs.judge} ones, {unit}:"
+    for row in costs.by_tensor:
+        by_source = ", ".join(f"{short[label]} {costs.cost(row, label):.3g}" for label in costs.labels)
+        removed = costs.removed(row)
+        change = "" if row == "isotropic" or removed is None else f", {_changed(removed)}"
+        name = f"{row} ({costs.method})" if row == "this merge" else row
+        yield f"  {name}: {costs.total(row):.4g} in all{change}: {by_source}"
+
+
+def _changed(removed: float) -> str:
+    return f"{removed:.0%} less than isotropic" if removed >= 0 else f"{-removed:.0%} more than isotropic"
 
 
 def _tasks(given: list[str]) -> dict[str, str]:

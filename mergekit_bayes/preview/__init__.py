@@ -4,6 +4,7 @@
     plans.py                        the merge of every method, planned once for all weights
     surrogate.py, ratios.py         what the posteriors themselves predict at a mix, and at ten thousand of them;
                                     pieces.py, form.py, predict.py bring models and methods to these formulas
+    families.py, family_figure.py   what richer posteriors would save one merge, by the same formulas
     tasks.py                        the data of the tasks, tokenised and batched once, and scores on it
     stacked.py                      several mixes of adapters in one forward pass
     evaluators.py, cache.py         evaluating by the fastest way there is, and never twice

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from mergekit_bayes.posterior import Posterior
 from mergekit_bayes.posterior.elementwise import Elementwise
 from mergekit_bayes.preview.surrogate import Block, QuadraticForms
 
-__all__ = ["Piece", "add_products", "block_of", "in_layout", "pieces_of", "precisions_of"]
+__all__ = ["Piece", "add_products", "block_of", "in_layout", "own_piece", "pieces_of", "precisions_of"]
 
 _ENTRIES = 1 << 20  # read at a time
 
@@ -73,6 +74,22 @@ def block_piece(step: MergeStep, operands: OperandReader, start: int, stop: int)
     found = [as_posterior(other, base.precision_tensor(), operands.dtype) for other in others]
     sources = {source.label: posterior for source, posterior in zip(step.sources, found, strict=True)}
     return Piece(base, sources, start, stop)
+
+
+def own_piece(mine: MergeStep, step: MergeStep, piece: Piece, operands: OperandReader) -> Piece:
+    """The same entries as another step of the tensor has them; not read again where they are the same.
+
+    Args:
+        mine: the other step, of the method's own merge.
+        step: that the piece is of.
+        piece: the entries.
+        operands: reads them.
+    """
+    if type(mine) is type(step) and replace(mine, weights=step.weights, options=step.options) == step:
+        return piece
+    if isinstance(mine, TensorStep):
+        return whole_piece(mine, operands)
+    return block_piece(mine, operands, piece.start, piece.stop)
 
 
 def block_of(piece: Piece, labels: Sequence[str]) -> Block:

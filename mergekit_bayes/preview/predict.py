@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -23,11 +23,10 @@ from mergekit_bayes.preview.pieces import (
     Piece,
     add_products,
     block_of,
-    block_piece,
     in_layout,
+    own_piece,
     pieces_of,
     precisions_of,
-    whole_piece,
 )
 from mergekit_bayes.preview.plans import MethodPlan, reweighted
 from mergekit_bayes.preview.ratios import MOST_RATIOS, SharedRatios
@@ -174,17 +173,8 @@ def _take_in(
         else:
             add_products(forms, piece, labels)
         for sweep in active:
-            own = _own(sweep.steps[step.name], step, piece, operands)
+            own = own_piece(sweep.steps[step.name], step, piece, operands)
             if sweep.form == "rule" and piece.elementwise and own.elementwise:
                 sweep.add_rule(piece, own, labels)
             else:
                 sweep.add_merges(step, piece, own, labels)
-
-
-def _own(mine: MergeStep, step: MergeStep, piece: Piece, operands: OperandReader) -> Piece:
-    """The same entries as the method's own merge has them; not read again where they are the same."""
-    if type(mine) is type(step) and replace(mine, weights=step.weights, options=step.options) == step:
-        return piece
-    if isinstance(mine, TensorStep):
-        return whole_piece(mine, operands)
-    return block_piece(mine, operands, piece.start, piece.stop)

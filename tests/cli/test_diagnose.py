@@ -71,9 +71,30 @@ def test_beside_what_was_measured(command: Command, site: Path) -> None:
     assert "tuned/code on docs" in swapped.out
 
 
+def test_what_richer_posteriors_would_remove(command: Command, site: Path) -> None:
+    done = command("diagnose", "merged", "--families", "--top", "0")
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    at = lines.index("merges by poorer and richer posteriors, judged by the diagonal ones, nats per training unit:")
+    assert re.fullmatch(r"  isotropic: \S+ in all: code \S+, docs \S+", lines[at + 1])
+    assert re.fullmatch(r"  diagonal: \S+ in all, \d+% (less|more) than isotropic: code \S+, docs \S+", lines[at + 2])
+    assert lines[at + 3].startswith("  this merge (posterior): ")
+    assert lines[at + 4] == "families: merged/families.png"
+    assert (site / "merged" / "families.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_recipe_before_it_is_run(command: Command, site: Path) -> None:
+    done = command("diagnose", "merge.yaml")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("merges by poorer and richer posteriors, judged by the diagonal ones")
+    assert command("diagnose", "merge.yaml", "--figure", "what_if.png").out.endswith("families: what_if.png\n")
+    assert (site / "what_if.png").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["merge.yaml", "--results", "base"], "a recipe has no merge to compare with"),
         (["base"], "holds no report of a merge; expected the output of a merge, with merge_report.json"),
         (["nothing"], "holds no report of a merge"),
         (["merged", "--results", "base"], "holds no results of an evaluation"),
