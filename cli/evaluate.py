@@ -38,7 +38,11 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(metavar="TASK", help="causal_lm or sequence_classification.", show_default="what the models say"),
+        typer.Option(
+            metavar="TASK",
+            help="causal_lm, sequence_classification or multiple_choice.",
+            show_default="what the models say",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -81,8 +85,9 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
 ) -> None:
     """Score models and merges on data, and compare them with the first.
 
-    Language models get loss, perplexity and bits per byte, classifiers accuracy, calibration and more, each with
-    a bootstrap interval of the difference. A recipe of kind `evaluate` says the same in a file, and more.
+    Language models get loss, perplexity and bits per byte, classifiers and answers to multiple-choice questions
+    accuracy, calibration and more, each with a bootstrap interval of the difference. A recipe of kind `evaluate`
+    says the same in a file, and more.
     """
     common = {"max_length": max_length, "packing": packing or None}
     content = {

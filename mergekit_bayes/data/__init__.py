@@ -23,12 +23,13 @@ from mergekit_bayes.data.misfit import misfit
 from mergekit_bayes.data.order import epoch_order, epoch_shares
 from mergekit_bayes.data.packing_fault import packing_fault
 from mergekit_bayes.data.report import DataReport, DatasetReport
-from mergekit_bayes.data.rows import IGNORED, Part, Row, Rows, Task
+from mergekit_bayes.data.rows import IGNORED, ModelTask, Part, Row, Rows, Task, model_task
 
 __all__ = [
     "IGNORED",
     "DataReport",
     "DatasetReport",
+    "ModelTask",
     "Part",
     "Row",
     "Rows",
@@ -42,6 +43,7 @@ __all__ = [
     "evaluation_batches",
     "load_training_data",
     "misfit",
+    "model_task",
     "packing_fault",
     "steps_per_epoch",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mergekit_bayes.data.questions import parted
 from mergekit_bayes.data.rows import IGNORED, Row, Task
 
 if TYPE_CHECKING:
@@ -30,10 +31,16 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, task: Task, flatten: bool
 
     Returns:
         `input_ids` and `labels`, and `attention_mask` or `position_ids`, and `token_type_ids` where the rows have them;
-        int64, shape (rows, longest row), `labels` of classification shape (rows,).
+        int64, shape (rows, longest row), `labels` of classification shape (rows,). Of questions, a row for each choice,
+        `choices` of each question, shape (questions,), and `answers`, the index of the right one, shape (questions,).
     """
     import torch
 
+    if task == "multiple_choice":
+        pieces = [parted(row) for row in rows]
+        batch = collate([piece for own in pieces for piece in own], pad_token_id=pad_token_id, task="causal_lm")
+        batch["choices"] = torch.tensor([len(own) for own in pieces], dtype=torch.int64)
+        return batch | {"answers": torch.tensor([row["answer"] for row in rows], dtype=torch.int64)}
     if not rows:
         rows = [Row(input_ids=[pad_token_id], labels=[IGNORED] if task == "causal_lm" else IGNORED)]
     if flatten:

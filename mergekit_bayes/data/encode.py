@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from mergekit_bayes.data.columns import Columns
 from mergekit_bayes.data.files import Place
-from mergekit_bayes.data.formats import Encoders, Labelled, LabelledReader, reader_for
+from mergekit_bayes.data.formats import Encoders, Labelled, LabelledReader, QuestionReader, reader_for
 from mergekit_bayes.data.labels import FoundLabels, label_indices
+from mergekit_bayes.data.questions import predicts_every_choice
 from mergekit_bayes.data.read import Table
 from mergekit_bayes.data.report import DatasetReport
 from mergekit_bayes.data.rows import Encoded
@@ -129,18 +130,24 @@ class _Fitting:
         """The row, cut if need be; None if it is left out."""
         report, limit = self._report, self._limit.max_length
         length = len(row.tokens)
-        report.longest = max(report.longest, length)
-        if limit is not None and length > limit:
+        report.longest = max(report.longest, row.width)
+        if limit is not None and row.width > limit:
             if self._limit.long_rows != "truncate":
                 self._refused += [place] if self._limit.long_rows == "refuse" else []
                 report.too_long += 1
                 return None
             if isinstance(reader, LabelledReader):
                 (row,) = reader.encode([content], max_length=limit)
+            elif isinstance(reader, QuestionReader):
+                cut = reader.cut(row, limit)
+                if cut is None:
+                    report.too_long += 1
+                    return None
+                row = cut
             else:
                 assert row.targets is not None
                 row = dataclasses.replace(row, tokens=row.tokens[:limit], targets=row.targets[:limit])
-        if row.targets is not None and not row.targets.any():
+        if row.targets is not None and not _predicts(row):
             report.without_target += 1
             return None
         report.truncated += len(row.tokens) < length
@@ -156,6 +163,12 @@ class _Fitting:
                 f"the longest has {report.longest:,} tokens; expected at most {self._limit.max_length:,}: raise "
                 "`data.max_length`, or let `data.long_rows` truncate or drop them"
             )
+
+
+def _predicts(row: Encoded) -> bool:
+    if row.choice_bytes is not None:
+        return predicts_every_choice(row)
+    return bool(row.targets is not None and row.targets.any())
 
 
 def _digest(text: str, place: Place) -> bytes:

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from mergekit_bayes.data.chat import ChatEncoder
+from mergekit_bayes.data.choices import choices_in, right_choice
 from mergekit_bayes.data.columns import Columns
 from mergekit_bayes.data.files import Place
 from mergekit_bayes.data.labels import FoundLabels
 from mergekit_bayes.data.messages import Message, canonical, conversation
+from mergekit_bayes.data.questions import cut_question, joined
 from mergekit_bayes.data.rows import Encoded
 from mergekit_bayes.data.tokenise import LabelledEncoder, TextEncoder
 from mergekit_bayes.errors import DataError
@@ -33,6 +35,14 @@ class Labelled(NamedTuple):
     text: str
     pair: str | None
     label: str
+
+
+class Question(NamedTuple):
+    """A question, what can follow it, and the index of what should."""
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
 
 
 Completion: TypeAlias = tuple[str, str] | Chat
@@ -66,6 +76,11 @@ class Encoders:
         """For texts to classify."""
         return LabelledEncoder(self._tokenizer)
 
+    @functools.cached_property
+    def choice(self) -> TextEncoder:
+        """For the choices of questions, which are compared as they stand, without a token that ends them."""
+        return TextEncoder(self._tokenizer, append_eos=False, whole=False)
+
     @property
     def chatted(self) -> bool:
         """Whether any row was a conversation."""
@@ -75,9 +90,11 @@ class Encoders:
         """What happened so far in how many rows, in words."""
         merged = self.text.merged if "text" in self.__dict__ else 0
         unended = self.chat.unended if self.chatted else 0
+        choices = self.choice.merged if "choice" in self.__dict__ else 0
         return {
             "rows where the prompt's last token merges with the completion, which is learned with it": merged,
             "conversations where {% generation %} leaves out the token that ends a turn, so it is not learned": unended,
+            "choices whose first token holds the end of their question too, which is scored with it": choices,
         }
 
 
@@ -207,6 +224,40 @@ class LabelledReader(FormatReader[Labelled]):
         return self.encoders.labelled.encode(texts, pairs, max_length=max_length)
 
 
+class QuestionReader(FormatReader[Question]):
+    """Questions with choices."""
+
+    def take(self, place: Place, row: Mapping[str, object]) -> Question | None:
+        """Question, choices and answer; a row is empty without a question, without choices, or with a blank one."""
+        text, names = self.columns.text(place, row, "question"), self.columns.names
+        choices = choices_in(self.columns.value(row, "choices"), place, names["choices"])
+        if not text or not text.strip() or choices is None:
+            return None
+        answer = right_choice(self.columns.value(row, "answer"), choices, place, names["answer"])
+        return Question(text, choices.texts, answer)
+
+    def key(self, content: Question) -> str:
+        """Question and choices."""
+        return "\0".join(part.strip() for part in (content.text, *content.choices))
+
+    def encode(self, contents: Sequence[Question]) -> list[Encoded]:
+        """The question with each of its choices, as `TextEncoder.completions`."""
+        pairs = [(entry.text, self.columns.separator + choice) for entry in contents for choice in entry.choices]
+        encoded = iter(self.encoders.choice.completions(pairs))
+        return [
+            joined(
+                [next(encoded) for _ in entry.choices],
+                answer=entry.answer,
+                sizes=[len(choice.encode()) for choice in entry.choices],
+            )
+            for entry in contents
+        ]
+
+    def cut(self, row: Encoded, limit: int) -> Encoded | None:
+        """As `cut_question`."""
+        return cut_question(row, limit, kept=self.encoders.choice.beginning)
+
+
 def reader_for(columns: Columns, encoders: Encoders, class_names: Mapping[str, tuple[str, ...]]) -> FormatReader[Any]:
     """The reader of a format.
 
@@ -224,3 +275,5 @@ def reader_for(columns: Columns, encoders: Encoders, class_names: Mapping[str, t
             return ChatReader(columns, encoders)
         case "labelled":
             return LabelledReader(columns, encoders, class_names)
+        case "multiple_choice":
+            return QuestionReader(columns, encoders)

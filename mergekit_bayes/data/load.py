@@ -121,6 +121,8 @@ def _check(spec: DataSpec, task: Task) -> None:
         raise DataError("both `data.eval` and `data.eval_fraction`; expected one of them")
     if spec.packing and task != "causal_lm":
         raise DataError(f"`data.packing` has no meaning for {task}, where a row is one example; remove it")
+    if spec.labels is not None and task == "multiple_choice":
+        raise DataError("`data.labels` has no meaning for multiple_choice, where every row has its choices; remove it")
 
 
 def _open(spec: DataSpec, task: Task, recipe_dir: Path | None, tables: Tables) -> list[_Source]:

@@ -19,7 +19,7 @@ class DatasetReport:
         role: `train` or `eval`.
         format: what its rows are.
         read: rows read.
-        empty: rows left out because a text, completion or conversation is empty.
+        empty: rows left out because a text, completion, conversation, question or choice is empty.
         too_long: rows left out because they are longer than max_length.
         without_target: rows left out because nothing in them is predicted, often after a cut.
         held_out: rows of a training set that `eval_fraction` put aside.

@@ -56,6 +56,7 @@ class TextEncoder:
         whole: learn prompts too.
 
     Attributes:
+        beginning: tokens that are put in front of every text.
         merged: prompts whose last token is another one when the completion follows.
 
     Raises:
@@ -67,6 +68,7 @@ class TextEncoder:
             raise DataError("the tokenizer has no end-of-sequence token; expected one, or `data.append_eos: false`")
         self._tokenizer, self._whole = tokenizer, whole
         self._beginning = _beginning(tokenizer)
+        self.beginning = len(self._beginning)
         self._end: list[int] = [tokenizer.eos_token_id] if append_eos else []
         self.merged = 0
 

@@ -13,7 +13,7 @@ import torch
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.provenance import read_provenance
 from mergekit_bayes.checkpoint.sidecar import open_sidecar
-from mergekit_bayes.data import Task
+from mergekit_bayes.data import ModelTask
 from mergekit_bayes.model.tokens import load_tokenizer
 from mergekit_bayes.model.trained import Trained, load_trained
 from mergekit_bayes.recipe.evaluate import EvaluatedSpec, SamplesSpec
@@ -72,7 +72,7 @@ class Candidate(ABC):
 
     @property
     @abstractmethod
-    def task(self) -> Task | None:
+    def task(self) -> ModelTask | None:
         """What it was trained to do, as far as its files tell."""
 
     @property
@@ -109,7 +109,7 @@ class Candidate(ABC):
         """
 
     @abstractmethod
-    def load(self, task: Task, *, dtype: TrainingDType | None, device: torch.device) -> LoadedModel:
+    def load(self, task: ModelTask, *, dtype: TrainingDType | None, device: torch.device) -> LoadedModel:
         """Brings it into memory.
 
         Args:
@@ -156,7 +156,7 @@ class Stored(Candidate):
         return None if self.trained.adapter is None else self.home
 
     @property
-    def task(self) -> Task | None:
+    def task(self) -> ModelTask | None:
         """By the class that its files name."""
         adapter = self.trained.adapter
         if adapter is None:
@@ -191,13 +191,13 @@ class Stored(Candidate):
         """That of the checkpoint."""
         return load_tokenizer(self.trained.checkpoint.folder, reference=self.home)
 
-    def load(self, task: Task, *, dtype: TrainingDType | None, device: torch.device) -> LoadedModel:
+    def load(self, task: ModelTask, *, dtype: TrainingDType | None, device: torch.device) -> LoadedModel:
         """Reads it from disk."""
         spec = ModelSpec(path=self.home, task=task, dtype=dtype)
         return load_trained(self.trained, spec, labels=self.labels, device=device)
 
 
-def task_in(*told: object) -> Task | None:
+def task_in(*told: object) -> ModelTask | None:
     """The task that names of classes, or PEFT's name of a task, stand for; None where they stand for none."""
     text = " ".join(str(part) for part in told)
     if "SequenceClassification" in text or "SEQ_CLS" in text:

@@ -9,7 +9,7 @@ from mergekit_bayes.checkpoint.adapter import is_adapter, open_adapter
 from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.checkpoint.reference import parse_reference, resolve
 from mergekit_bayes.checkpoint.sidecar import check_sidecar, find_sidecar, open_sidecar
-from mergekit_bayes.data import Task
+from mergekit_bayes.data import ModelTask, Task, model_task
 from mergekit_bayes.errors import EvaluateError, MergekitBayesError, ModelError, PlanError, RecipeError
 from mergekit_bayes.evaluate.candidate import Candidate, Stored
 from mergekit_bayes.evaluate.merged import open_merged
@@ -135,12 +135,13 @@ def _unfit(trained: Trained, path: Path) -> Iterator[MergekitBayesError]:
     )
 
 
-def _common_task(recipe: EvaluateRecipe, tasks: Mapping[str, Task | None]) -> Task:
-    known: dict[str, Task] = {title: found for title, found in tasks.items() if found is not None}
-    task: Task = recipe.task if recipe.task is not None else next(iter(known.values()), "causal_lm")
-    other = [title for title, found in known.items() if found != task]
+def _common_task(recipe: EvaluateRecipe, tasks: Mapping[str, ModelTask | None]) -> Task:
+    known: dict[str, ModelTask] = {title: found for title, found in tasks.items() if found is not None}
+    told = recipe.told_task
+    task: Task = told if told is not None else next(iter(known.values()), "causal_lm")
+    other = [title for title, found in known.items() if found != model_task(task)]
     if other:
-        where = "`task` is" if recipe.task else f"{shown(next(iter(known)))} is for"
+        where = "`task` is" if told else f"{shown(next(iter(known)))} is for"
         raise EvaluateError(
             f"models for different tasks: {where} {task}, {listed(other)} for {known[other[0]]}; expected models of "
             "one task, in one recipe each"
@@ -158,10 +159,11 @@ def _with_labels(recipe: EvaluateRecipe, found: Sequence[Candidate]) -> list[Can
     for candidate in found:
         labels = candidate.known_labels or _named(recipe, candidate, problems)
         labelled.append(candidate.with_labels(labels))
-    wanted = recipe.data.labels or labelled[0].labels or ()
+    named = None if recipe.data is None else recipe.data.labels
+    wanted = named or labelled[0].labels or ()
     for candidate in labelled:
         if candidate.labels is not None and set(candidate.labels) != set(wanted):
-            other = "`data.labels`" if recipe.data.labels else shown(labelled[0].title)
+            other = "`data.labels`" if named else shown(labelled[0].title)
             problems.append(
                 EvaluateError(
                     f"model {shown(candidate.title)}: its labels are {listed(candidate.labels)}; those of {other} are "
@@ -177,7 +179,7 @@ def _named(recipe: EvaluateRecipe, candidate: Candidate, problems: list[Mergekit
     """Labels of a model whose files only count them: those of the recipe, else their numbers."""
     stored = candidate.config.get("id2label")
     count = len(stored) if isinstance(stored, dict) else 2
-    given = recipe.data.labels
+    given = None if recipe.data is None else recipe.data.labels
     if given is None:
         return tuple(str(number) for number in range(count))
     if len(given) != count and candidate.has_own_head:

@@ -29,7 +29,7 @@ class Encoding:
         tokenizer: digest of the tokenizer.
         rows: to evaluate on; their parts are the data sets.
         validation: to choose a temperature on; None without.
-        bytes: of the text that each row's targets stand for; None for classification.
+        bytes: of the text that each row's targets stand for; None for other tasks.
         pad_token_id: fills up short rows.
         reports: what became of the rows of every data set.
         notes: what people should know about them.
@@ -85,6 +85,7 @@ class Encodings:
     def _read(self, identity: str, tokenizer: Any, candidate: Candidate) -> Encoding:
         options: dict[str, Any] = {"task": self.task, "recipe_dir": self.recipe_dir, "tables": self.tables}
         recipe, labels = self.recipe, candidate.labels
+        assert recipe.data is not None  # rows are read where there are some
         try:
             data = read_rows(recipe.data, tokenizer, labels=labels, **options)
             other = recipe.validation

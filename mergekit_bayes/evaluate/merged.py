@@ -18,7 +18,7 @@ from mergekit_bayes.checkpoint.dtypes import DTYPES
 from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.index import Checkpoint
-from mergekit_bayes.data import Task
+from mergekit_bayes.data import ModelTask
 from mergekit_bayes.errors import MergekitBayesError, MissingTensorError, PlanError, RecipeError
 from mergekit_bayes.evaluate.candidate import Candidate, task_in
 from mergekit_bayes.merge.in_place import changed_weights, merge_in_place, plan_in_place
@@ -85,7 +85,7 @@ class Merged(Candidate):
         return None if self.plan.space == "full" else self.checkpoint.reference
 
     @property
-    def task(self) -> Task | None:
+    def task(self) -> ModelTask | None:
         """By the configuration that it would be written with."""
         planned = self.plan.configuration
         return task_in(planned.get("architectures"), planned.get("task_type"), self.plan.task.architecture)
@@ -118,7 +118,7 @@ class Merged(Candidate):
         """The one that a merge is written with: that of the base, else of the first source."""
         return load_tokenizer(self.checkpoint.folder, reference=self.checkpoint.reference)
 
-    def load(self, task: Task, *, dtype: TrainingDType | None, device: torch.device) -> LoadedModel:
+    def load(self, task: ModelTask, *, dtype: TrainingDType | None, device: torch.device) -> LoadedModel:
         """Loads the base, and gives it the merged weights.
 
         Raises:

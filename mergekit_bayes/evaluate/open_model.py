@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mergekit_bayes.data import Rows, Task
+from mergekit_bayes.data import Rows, Task, model_task
 from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.evaluate.encodings import Encoding
 from mergekit_bayes.evaluate.measure import Measured, measure_block, predictor
@@ -21,6 +21,7 @@ from mergekit_bayes.predict.temperature import choose_temperature
 
 if TYPE_CHECKING:
     from mergekit_bayes.model import LoadedModel
+    from mergekit_bayes.predict.harness import HarnessTask, TaskResult
     from mergekit_bayes.recipe.evaluate import EvaluateRecipe
 
 __all__ = ["OpenModel"]
@@ -28,26 +29,26 @@ __all__ = ["OpenModel"]
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model with its rows.
+    """A model with its rows, if there are some.
 
     Attributes:
         recipe: what was asked for.
-        task: of the model.
+        task: what it is looked at for.
         candidate: its headers.
-        encoding: the rows as it reads them.
+        encoding: the rows as it reads them; None without.
         device: where it goes.
     """
 
     recipe: EvaluateRecipe
     task: Task
     candidate: Candidate
-    encoding: Encoding
+    encoding: Encoding | None
     device: torch.device
 
     @property
     def feed(self) -> Feed:
         """The rows in batches."""
-        return self._feed(self.encoding.rows)
+        return self._feed(self._read.rows)
 
     def measured(
         self, blocks: Mapping[int, Sequence[Sequence[int]]], variant: Variant
@@ -75,9 +76,9 @@ class OpenModel:
 
     def choose(self, variant: Variant) -> dict[str, Any]:
         """Chooses the temperature of samples by the validation rows; returns a `ChosenTemperature` as plain data."""
-        assert self.encoding.validation is not None  # the recipe was checked
+        assert self._read.validation is not None  # the recipe was checked
         assert self._posterior is not None  # candidates without precisions were refused
-        feed = self._feed(self.encoding.validation)
+        feed = self._feed(self._read.validation)
         found = choose_temperature(
             self._loaded.model,
             [feed.batch(indices) for indices in feed.batches],
@@ -88,6 +89,15 @@ class OpenModel:
         )
         return asdict(found)
 
+    def harnessed(self, task: HarnessTask) -> TaskResult:
+        """What a task of lm-eval-harness says of its mean.
+
+        Raises:
+            MergekitBayesError: the model cannot be loaded, or the harness failed.
+        """
+        loaded, title = self._loaded, self.candidate.title
+        return task.run(loaded.model, loaded.tokenizer, batch_size=self.recipe.batch_size, title=title)
+
     def pruned(self, variant: Variant) -> str:
         """What pruning takes, in a sentence."""
         with variant.applied(self._loaded.model, self._posterior) as pruning:
@@ -95,12 +105,18 @@ class OpenModel:
             return str(pruning)
 
     def _feed(self, rows: Rows) -> Feed:
-        return Feed(rows, self.recipe.batch_size, self.encoding.pad_token_id)
+        return Feed(rows, self.recipe.batch_size, self._read.pad_token_id)
+
+    @property
+    def _read(self) -> Encoding:
+        assert self.encoding is not None  # what is asked about rows is asked where there are some
+        return self.encoding
 
     @functools.cached_property
     def _loaded(self) -> LoadedModel:
-        found = self.candidate.load(self.task, dtype=self.recipe.dtype, device=self.device)
-        for rows in filter(None, (self.encoding.rows, self.encoding.validation)):
+        found = self.candidate.load(model_task(self.task), dtype=self.recipe.dtype, device=self.device)
+        encoding = self.encoding
+        for rows in () if encoding is None else filter(None, (encoding.rows, encoding.validation)):
             check_rows(rows, found, self.candidate.title)
         return found
 

@@ -72,7 +72,7 @@ def draw_reliability(path: Path, content: Mapping[str, Any]) -> None:
 
     Args:
         path: a PNG file.
-        content: of `results.json`, of classifiers.
+        content: of `results.json`, of classifiers or questions.
 
     Raises:
         OutputError: the disk failed.

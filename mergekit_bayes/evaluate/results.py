@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_bayes.data import Part, Task
+from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.evaluate.intervals import Ends, Key, intervals_of
 from mergekit_bayes.evaluate.outcome import Outcome, comparable
 from mergekit_bayes.evaluate.reliability import reliability
@@ -16,7 +17,7 @@ from mergekit_bayes.model.environment import versions
 from mergekit_bayes.predict.scores import Score
 from mergekit_bayes.recipe.evaluate import METRICS, EvaluateRecipe
 
-__all__ = ["FORMAT", "results_of", "results_text"]
+__all__ = ["FORMAT", "results_of", "results_text", "results_without_rows"]
 
 FORMAT = "mergekit_bayes.evaluation"
 VERSION = 1
@@ -55,9 +56,25 @@ def results_of(recipe: EvaluateRecipe, task: Task, outcomes: Sequence[Outcome]) 
         "notes": list(dict.fromkeys(_notes(outcomes, baseline))),
         "versions": versions(),
     }
-    if task == "sequence_classification":
+    if task != "causal_lm":
         content["reliability"] = {o.title: _reliability(recipe, o) for o in outcomes}
     return content
+
+
+def results_without_rows(recipe: EvaluateRecipe, task: Task, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Returns the content of `results.json` where nothing but tasks of lm-eval-harness was asked."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": task,
+        "baseline": recipe.baseline_title,
+        "data": [],
+        "models": {each.title: _about(each) for each in candidates},
+        "scores": {},
+        "differences": {},
+        "notes": [],
+        "versions": versions(),
+    }
 
 
 def results_text(content: Mapping[str, Any]) -> str:
@@ -99,14 +116,20 @@ def _data(outcomes: Sequence[Outcome], index: int, part: Part) -> dict[str, Any]
     return {"name": part.name, "path": report.path, "rows": len(part), "unit": unit, "units": units}
 
 
+def _about(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "model": candidate.title,
+        "reference": candidate.reference,
+        "base": candidate.base,
+        "fingerprint": candidate.fingerprint,
+        "labels": None if candidate.labels is None else list(candidate.labels),
+    }
+
+
 def _model(outcome: Outcome) -> dict[str, Any]:
     return {
-        "model": outcome.candidate.title,
-        "reference": outcome.candidate.reference,
-        "base": outcome.candidate.base,
-        "fingerprint": outcome.candidate.fingerprint,
+        **_about(outcome.candidate),
         "tokenizer": outcome.encoding.tokenizer,
-        "labels": None if outcome.candidate.labels is None else list(outcome.candidate.labels),
         "samples": outcome.variant.samples,
         "temperature": outcome.variant.temperature,
         "prune": outcome.variant.prune,

@@ -16,8 +16,9 @@ from torch import Tensor
 from mergekit_bayes.data import Part, Rows
 from mergekit_bayes.evaluate.encodings import Encoding
 from mergekit_bayes.evaluate.measure import Measured
+from mergekit_bayes.predict.choices import ChoicePrediction
 from mergekit_bayes.predict.classes import ClassPrediction
-from mergekit_bayes.predict.scores import Score, class_scores, selective_accuracy
+from mergekit_bayes.predict.scores import Score, choice_scores, class_scores, selective_accuracy
 
 __all__ = ["prediction_of", "row_scores"]
 
@@ -45,7 +46,10 @@ def row_scores(
         found = _of_language(measured, encoding, part)
     else:
         prediction = prediction_of(measured, encoding.rows, part)
-        found = class_scores(prediction, bins=bins)
+        if isinstance(prediction, ChoicePrediction):
+            found = choice_scores(prediction, _sizes(encoding.rows, part), bins=bins)
+        else:
+            found = class_scores(prediction, bins=bins)
         for share in coverage:
             score = selective_accuracy(prediction.confidence, prediction.correct, share)
             found[score.name] = score
@@ -53,11 +57,32 @@ def row_scores(
 
 
 def prediction_of(measured: Measured, rows: Rows, part: Part) -> ClassPrediction:
-    """What a classifier predicted for one data set; only the averages are known, not the samples."""
+    """What was predicted for one data set, as a classifier's; only the averages are known, not the samples."""
     places = range(part.start, part.stop)
+    if rows.task == "multiple_choice":
+        return _of_questions([measured[row] for row in places], rows, part)
     averaged = torch.tensor([measured[row] for row in places], dtype=torch.float64)
     labels = torch.tensor([rows[row]["labels"] for row in places])
     return ClassPrediction(averaged, torch.zeros(len(averaged), dtype=torch.float64), labels, 0, 0.0, 0)
+
+
+def _of_questions(numbers: Sequence[Sequence[float]], rows: Rows, part: Part) -> ChoicePrediction:
+    halves = [(row[: len(row) // 2], row[len(row) // 2 :]) for row in numbers]
+    averaged, likelihoods = (_padded([half[side] for half in halves], -math.inf) for side in (0, 1))
+    answers = torch.tensor([row["answer"] for row in rows[part.start : part.stop]])
+    uncertainty = torch.zeros(len(averaged), dtype=torch.float64)
+    return ChoicePrediction(averaged, uncertainty, answers, 0, 0.0, 0, likelihoods)
+
+
+def _sizes(rows: Rows, part: Part) -> Tensor:
+    """Bytes of every choice, 1 where a question has no such choice."""
+    return _padded([row["choice_bytes"] for row in rows[part.start : part.stop]], 1)
+
+
+def _padded(lines: Sequence[Sequence[float]], filler: float) -> Tensor:
+    """Lines of different lengths, filled up to the longest."""
+    width = max(map(len, lines))
+    return torch.tensor([[*line, *[filler] * (width - len(line))] for line in lines], dtype=torch.float64)
 
 
 def _of_language(measured: Measured, encoding: Encoding, part: Part) -> dict[str, Score]:

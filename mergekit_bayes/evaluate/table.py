@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from mergekit_bayes.evaluate.harness_table import harness_table
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -16,6 +18,7 @@ WORDS: Mapping[str, str] = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
     "accuracy": "accuracy",
+    "normalised_accuracy": "accuracy per byte",
     "nll": "nll (nats)",
     "ece": "ece",
     "brier": "brier",
@@ -36,6 +39,9 @@ def print_results(content: Mapping[str, Any]) -> None:
     for line, table in tables_of(content):
         console.print(line, markup=False, soft_wrap=True)
         console.print(table)
+    if "lm_eval" in content:
+        console.print(f"lm-eval-harness {content['lm_eval_version']}, at the mean", markup=False, soft_wrap=True)
+        console.print(harness_table(content))
     for note in content["notes"]:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 

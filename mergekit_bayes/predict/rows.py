@@ -83,12 +83,14 @@ def spread(rows: Rows, most: int | None) -> Rows:
 
 def _encoded(row: Row) -> Encoded:
     labels, types, segments = row["labels"], row.get("token_type_ids"), row.get("segments")
+    sizes = row.get("choice_bytes")
     return Encoded(
         np.array(row["input_ids"], dtype=np.int32),
         targets=np.array(labels) != IGNORED if isinstance(labels, list) else None,
-        label=labels if isinstance(labels, int) else None,
+        label=labels if isinstance(labels, int) else row.get("answer"),
         token_types=None if types is None else np.array(types, dtype=np.int32),
         segments=None if segments is None else tuple(segments),
+        choice_bytes=None if sizes is None else tuple(sizes),
     )
 
 
@@ -104,7 +106,7 @@ def check_rows(rows: Rows, loaded: LoadedModel, name: str) -> None:
         EvaluateError: a token beyond the vocabulary, a row beyond the last position, or packed rows that would see each
             other.
     """
-    longest = int(rows.lengths.max(initial=0))
+    longest = int(rows.widths.max(initial=0))
     fault = misfit(
         name,
         largest_token=rows.largest_token,
@@ -129,7 +131,7 @@ class Feed:
 
     Attributes:
         rows: all of them.
-        batch_size: rows in one forward pass.
+        batch_size: rows in one forward pass; of questions as many as have no more choices, one at least.
         pad_token_id: fills up short rows.
     """
 
@@ -140,8 +142,15 @@ class Feed:
     @property
     def batches(self) -> list[list[int]]:
         """Indices of the rows of every batch; long rows first, those of similar length together."""
-        order = np.argsort(-self.rows.lengths, kind="stable").tolist()
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        order = np.argsort(-self.rows.widths, kind="stable").tolist()
+        counts, found, room = self.rows.counts.tolist(), list[list[int]](), 0
+        for index in order:
+            if counts[index] > room:
+                found.append([])
+                room = self.batch_size
+            found[-1].append(index)
+            room -= counts[index]
+        return found
 
     def blocks(self, most: int) -> list[list[list[int]]]:
         """The batches in at most so many blocks of as many batches each, the last one of fewer."""

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import EvaluateError
+from mergekit_bayes.predict.choices import ChoicePrediction
 from mergekit_bayes.predict.classes import ClassPrediction
 from mergekit_bayes.predict.tokens import TokenPrediction
 
-__all__ = ["BINS", "Score", "calibration_gaps", "class_scores", "selective_accuracy", "token_scores"]
+__all__ = [
+    "BINS",
+    "Score",
+    "calibration_gaps",
+    "choice_scores",
+    "class_scores",
+    "selective_accuracy",
+    "token_scores",
+]
 
 BINS = 15
 """Bins of the calibration error unless another number is asked for; the number of Guo et al. 2017"""
@@ -69,6 +78,26 @@ def class_scores(prediction: ClassPrediction, *, bins: int = BINS) -> dict[str, 
         Score("ece", gaps, _sum_of_sizes),
     )
     return {score.name: score for score in scores}
+
+
+def choice_scores(prediction: ChoicePrediction, sizes: Tensor, *, bins: int = BINS) -> dict[str, Score]:
+    """The scores of a classifier whose classes are the choices of a question, and normalised_accuracy.
+
+    The latter answers with the choice that has the highest log-likelihood per byte, so that long choices are not at a
+    disadvantage; probabilities and all other scores are those of whole choices.
+
+    Args:
+        prediction: with answers.
+        sizes: bytes of each choice, (questions, choices), 1 where a question has no such choice.
+        bins: of the calibration error.
+
+    Raises:
+        EvaluateError: the prediction has no answers; fewer than one bin.
+    """
+    right = prediction.best_per_byte(sizes) == prediction.known_labels
+    normalised = Score("normalised_accuracy", right.double()[:, None], _only, higher_is_better=True)
+    scores = class_scores(prediction, bins=bins)
+    return {"accuracy": scores["accuracy"], normalised.name: normalised, **scores}
 
 
 def token_scores(prediction: TokenPrediction, *, bins: int = BINS) -> dict[str, Score]:

@@ -16,7 +16,14 @@ from mergekit_bayes.predict.batches import Batch, evaluating, labels_of, logits_
 from mergekit_bayes.predict.draws import Draws, choose_draws
 from mergekit_bayes.predict.precisions import PrecisionSource
 
-__all__ = ["TokenPrediction", "VocabularyPrediction", "predict_next_tokens"]
+__all__ = [
+    "Targets",
+    "TokenPrediction",
+    "VocabularyPrediction",
+    "predict_next_tokens",
+    "row_log_probabilities",
+    "targets_of",
+]
 
 _IGNORED = -100  # label of positions that are not predicted, by the convention of transformers
 _CHUNK = 1 << 24  # logits brought to float32 at once
@@ -106,7 +113,7 @@ def predict_next_tokens(
         CheckpointError: precisions that do not fit the model; see `attach_posterior`.
     """
     draws = choose_draws(model, precision, samples=samples, temperature=temperature, seed=seed)
-    read = [_targets(batch) for batch in batches]
+    read = [targets_of(batch) for batch in batches]
     starts = torch.tensor([0, *(batch.row_count for batch in read)]).cumsum(0)
     rows = torch.cat([batch.rows + start for batch, start in zip(read, starts, strict=False)]) if read else starts[1:]
     if not len(rows):
@@ -117,23 +124,37 @@ def predict_next_tokens(
 
 
 @dataclass(frozen=True, eq=False)
-class _Targets:
-    """A batch, and the tokens in it to predict."""
+class Targets:
+    """A batch, and the tokens in it to predict.
+
+    Attributes:
+        inputs: arguments of the model.
+        places: where the next token is a target, bool, (rows, positions - 1).
+        tokens: the targets, (tokens,).
+        rows: the row each belongs to, counted within the batch, (tokens,).
+    """
 
     inputs: Any
-    places: Tensor  # bool (rows, positions - 1): where the next token is a target
-    tokens: Tensor  # (tokens,)
-    rows: Tensor  # (tokens,), counted within the batch
+    places: Tensor
+    tokens: Tensor
+    rows: Tensor
 
     @property
     def row_count(self) -> int:
+        """Rows of the batch, with targets or without."""
         return len(self.places)
 
     def row_sums(self, log_probabilities: Tensor) -> Tensor:
+        """Sums over the targets of each row, (rows,)."""
         return log_probabilities.new_zeros(self.row_count).index_add(0, self.rows, log_probabilities)
 
 
-def _targets(batch: Batch) -> _Targets:
+def targets_of(batch: Batch) -> Targets:
+    """Finds the tokens of a batch that are predicted.
+
+    Raises:
+        EvaluateError: the batch has no labels of tokens.
+    """
     inputs, labels = labels_of(batch)
     if labels is None or labels.dim() != 2:
         seen = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)}"
@@ -141,10 +162,19 @@ def _targets(batch: Batch) -> _Targets:
     following = labels[:, 1:].cpu()
     places = following != _IGNORED
     rows = torch.arange(len(labels))[:, None].expand_as(places)[places]
-    return _Targets(inputs, places, following[places], rows)
+    return Targets(inputs, places, following[places], rows)
 
 
-def _by_sample(draws: Draws, read: Sequence[_Targets]) -> tuple[Tensor, Tensor, None]:
+def row_log_probabilities(model: nn.Module, batch: Targets) -> Tensor:
+    """Log-probability of all targets of a row together, nats, (rows,), float64 on the CPU.
+
+    Raises:
+        EvaluateError: outputs that are no logits.
+    """
+    return batch.row_sums(_log_probabilities(_logits(model, batch), batch.tokens))
+
+
+def _by_sample(draws: Draws, read: Sequence[Targets]) -> tuple[Tensor, Tensor, None]:
     tokens, joint = LogMean(), LogMean()
     for index in draws.indices:
         with draws.held(index):
@@ -154,13 +184,13 @@ def _by_sample(draws: Draws, read: Sequence[_Targets]) -> tuple[Tensor, Tensor, 
     return tokens.result(), joint.result(), None
 
 
-def _by_batch(draws: Draws, read: Sequence[_Targets]) -> tuple[Tensor, Tensor, VocabularyPrediction]:
+def _by_batch(draws: Draws, read: Sequence[Targets]) -> tuple[Tensor, Tensor, VocabularyPrediction]:
     columns = zip(*(_whole(draws, batch) for batch in read), strict=True)
     tokens, joint, entropies, expected, confidence, correct = (torch.cat(column) for column in columns)
     return tokens, joint, VocabularyPrediction(entropies, expected, confidence, correct)
 
 
-def _whole(draws: Draws, batch: _Targets) -> tuple[Tensor, ...]:
+def _whole(draws: Draws, batch: Targets) -> tuple[Tensor, ...]:
     tokens, joint, average, uncertainty = LogMean(), LogMean(), LogMean(), Mean()
     for index in draws.indices:
         with draws.held(index):
@@ -177,7 +207,7 @@ def _whole(draws: Draws, batch: _Targets) -> tuple[Tensor, ...]:
     return tokens.result(), joint.result(), *(column.cpu().double() for column in uncertain), correct
 
 
-def _logits(model: nn.Module, batch: _Targets) -> Tensor:
+def _logits(model: nn.Module, batch: Targets) -> Tensor:
     """Logits of the positions before a target, (tokens, vocabulary)."""
     inputs = to_device(batch.inputs, model)
     if isinstance(inputs, dict) and hasattr(getattr(model, "config", None), "use_cache"):

@@ -20,13 +20,14 @@ from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.problem import Problem, did_you_mean, refusal, show
 from mergekit_bayes.recipe.spec import Entries, Spec, checked
 
-Format: TypeAlias = Literal["text", "prompt_completion", "messages", "labelled"]
+Format: TypeAlias = Literal["text", "prompt_completion", "messages", "labelled", "multiple_choice"]
 
 FORMAT_COLUMNS: Mapping[str, tuple[str, ...]] = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
     "messages": ("messages",),
     "labelled": ("text", "text_pair", "label"),
+    "multiple_choice": ("question", "choices", "answer"),
 }
 """The standard columns of each format."""
 
@@ -46,6 +47,9 @@ _format = field.choice(
         "conversational": "messages",
         "sharegpt": "messages",
         "chatml": "messages",
+        "mcq": "multiple_choice",
+        "multiple-choice": "multiple_choice",
+        "multichoice": "multiple_choice",
         "raw": "text",
         "pretrain": "text",
     },
@@ -53,12 +57,21 @@ _format = field.choice(
 _long_rows = field.choice("truncate", "drop", "refuse", also={"cut": "truncate", "skip": "drop", "error": "refuse"})
 
 
-def _columns(value: object) -> Entries[str]:
-    found = field.entries(field.text)(value)
+def _column(value: object) -> str | tuple[str, ...]:
+    return field.several(field.text)(value) if isinstance(value, list | tuple) else field.text(value)
+
+
+def _columns(value: object) -> Entries[str | tuple[str, ...]]:
+    found = field.entries(_column)(value)
     problems = [
         Problem((name,), f"no column of any format.{did_you_mean(name, COLUMNS) or _known_columns()}", at_key=True)
         for name in found
         if name not in COLUMNS
+    ]
+    problems += [
+        Problem((name,), f"is one column; only `choices` may be a list of them, found {show(list(columns))}.")
+        for name, columns in found.items()
+        if name in COLUMNS and name != "choices" and not isinstance(columns, str)
     ]
     if problems:
         raise refusal(*problems)
@@ -67,6 +80,12 @@ def _columns(value: object) -> Entries[str]:
 
 def _known_columns() -> str:
     return f" Those are {', '.join(f'`{name}`' for name in COLUMNS)}; write `standard name: name in the file`."
+
+
+def _separator(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise refusal(f"expected text, found {show(value)}.")
+    return value
 
 
 def _labels(value: object) -> tuple[str, ...] | None:
@@ -112,7 +131,9 @@ class DatasetSpec(Spec):
         name: configuration of a hub data set.
         split: which split of it.
         format: what its rows are; None to tell from the columns.
-        columns: standard column name -> its name in the file, for those that differ.
+        columns: standard column name -> its name in the file, for those that differ; a list of names where each
+            choice of a question has a column of its own.
+        separator: between a question and each of its choices; None for a space.
         weight: share of the training mixture, relative to the other data sets'; None everywhere for every row once
             per epoch.
         max_rows: only the first so many rows.
@@ -122,7 +143,8 @@ class DatasetSpec(Spec):
     name: Annotated[str | None, checked(field.optional(field.text))] = None
     split: Annotated[str, checked(field.text)] = "train"
     format: Annotated[Format | None, checked(field.optional(_format))] = None
-    columns: Annotated[Entries[str], checked(_columns)] = Entries()
+    columns: Annotated[Entries[str | tuple[str, ...]], checked(_columns)] = Entries()
+    separator: Annotated[str | None, checked(_separator)] = None
     weight: Annotated[float | None, checked(field.optional(field.positive))] = None
     max_rows: Annotated[int | None, checked(field.optional(field.integer(1)))] = None
 
@@ -135,7 +157,7 @@ class DataSpec(Spec):
         eval: held-out data sets.
         eval_fraction: share of the training rows that is held out instead; None for none.
         max_length: tokens per row, at most.
-        long_rows: what happens to longer rows: cut at the end, left out, or an error.
+        long_rows: what happens to longer rows: cut at the end (questions at their start), left out, or an error.
         packing: fill rows of max_length with several short ones, which do not see each other; texts are concatenated
             and cut.
         completion_only_loss: learn completions and assistant turns only, not prompts; plain text has none.
@@ -156,7 +178,9 @@ class DataSpec(Spec):
     labels: Annotated[tuple[str, ...] | None, checked(_labels)] = None
 
     def without_effect(self) -> frozenset[str]:
-        """Plain text has no completions, and is cut into rows that fit when it is packed."""
+        """Neither plain text nor a question has completions, and packed text is cut into rows that fit."""
+        if self.train and all(dataset.format == "multiple_choice" for dataset in self.train):
+            return frozenset({"completion_only_loss", "append_eos"})
         if any(dataset.format != "text" for dataset in self.train):
             return frozenset()
         return frozenset({"completion_only_loss", "long_rows"} if self.packing else {"completion_only_loss"})

@@ -20,6 +20,7 @@ from pydantic import BeforeValidator, Field
 from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.data import DatasetSpec
 from mergekit_bayes.recipe.evaluation_data import EvaluationDataSpec, evaluation_data_mapping
+from mergekit_bayes.recipe.harness import HarnessSpec, harness_mapping
 from mergekit_bayes.recipe.model import TrainingDType
 from mergekit_bayes.recipe.problem import refusal, show
 from mergekit_bayes.recipe.reference import model_reference
@@ -35,18 +36,29 @@ __all__ = [
     "SamplesSpec",
 ]
 
-EvaluatedTask: TypeAlias = Literal["causal_lm", "sequence_classification"]
+EvaluatedTask: TypeAlias = Literal["causal_lm", "sequence_classification", "multiple_choice"]
 
 OF_MODELS_ON_DISK = ("base_model", "precision")
 """Keys of a model that mean nothing for a merge in memory."""
 
+OF_ROWS = ("max_rows", "validation", "metrics", "coverage", "samples", "prune", "baseline", "intervals", "bins")
+"""Keys that mean nothing without `data`."""
+
 METRICS: Mapping[str, tuple[str, ...]] = {
     "causal_lm": ("loss", "perplexity", "bits_per_byte"),
     "sequence_classification": ("accuracy", "nll", "ece", "brier", "selective_accuracy"),
+    "multiple_choice": ("accuracy", "normalised_accuracy", "nll", "ece", "brier", "selective_accuracy"),
 }
 """What models of each task are judged by, in the order of tables."""
 
-_SAME_METRICS = {"acc": "accuracy", "ppl": "perplexity", "bpb": "bits_per_byte", "selective": "selective_accuracy"}
+_SAME_METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "normalised_accuracy",
+    "normalized_accuracy": "normalised_accuracy",
+    "ppl": "perplexity",
+    "bpb": "bits_per_byte",
+    "selective": "selective_accuracy",
+}
 
 _task = field.choice(
     *METRICS,
@@ -56,9 +68,11 @@ _task = field.choice(
         "classification": "sequence_classification",
         "text-classification": "sequence_classification",
         "seq_cls": "sequence_classification",
+        "multiple-choice": "multiple_choice",
+        "mcq": "multiple_choice",
     },
 )
-_metric = field.choice(*(name for names in METRICS.values() for name in names), also=_SAME_METRICS)
+_metric = field.choice(*dict.fromkeys(name for names in METRICS.values() for name in names), also=_SAME_METRICS)
 _share = field.between(0, 1, above=True)
 
 
@@ -203,8 +217,10 @@ class EvaluateRecipe(Recipe):
         kind: always `evaluate`.
         models: what is evaluated, in the order of tables.
         base_model: of adapters that name no other; None for what their configurations name.
-        task: what the models do; None for what they say themselves.
-        data: rows to evaluate on; every data set has scores of its own.
+        task: what the models do; None for `multiple_choice` where that is the format of data, else for what the
+            models say themselves.
+        data: rows to evaluate on; every data set has scores of its own. None for the tasks of `lm_eval` alone.
+        lm_eval: tasks of lm-eval-harness that models are put to at their mean; None for none.
         max_rows: evaluate only so many rows of each data set, evenly spread over all of them; None for all.
         validation: rows to choose the temperature of samples on; None without that choice.
         metrics: what is reported; None for all of the task.
@@ -214,7 +230,7 @@ class EvaluateRecipe(Recipe):
         baseline: name of the model that the others are compared with; None for the first.
         intervals: of scores and differences.
         bins: of the calibration error and the reliability diagram.
-        batch_size: rows in one forward pass.
+        batch_size: rows in one forward pass, a question's choices one each; those of a question stay together.
         dtype: what models compute in; None for what they are stored as.
         seed: of samples and resampling.
         output: where to write.
@@ -224,7 +240,8 @@ class EvaluateRecipe(Recipe):
     models: Annotated[tuple[EvaluatedSpec, ...], BeforeValidator(_models)]
     base_model: Annotated[str | None, checked(field.optional(field.text))] = None
     task: Annotated[EvaluatedTask | None, checked(field.optional(_task))] = None
-    data: Annotated[EvaluationDataSpec, BeforeValidator(evaluation_data_mapping)]
+    data: Annotated[EvaluationDataSpec | None, BeforeValidator(_data)] = None
+    lm_eval: Annotated[HarnessSpec | None, BeforeValidator(harness_mapping)] = None
     max_rows: Annotated[int | None, checked(field.optional(field.integer(1)))] = None
     validation: Annotated[EvaluationDataSpec | None, BeforeValidator(_data)] = None
     metrics: Annotated[tuple[str, ...] | None, checked(_metrics)] = None
@@ -241,11 +258,22 @@ class EvaluateRecipe(Recipe):
     seed: Annotated[int, checked(field.integer(0, 2**63 - 1))] = 0
     output: Annotated[EvaluateOutputSpec, BeforeValidator(empty_if_nothing)] = Field(default_factory=EvaluateOutputSpec)
 
+    def without_effect(self) -> frozenset[str]:
+        """What is about rows, where there are none."""
+        return frozenset() if self.data is not None else frozenset(OF_ROWS)
+
     def samples_of(self, model: EvaluatedSpec) -> SamplesSpec | None:
         """The samples of one model; None for its mean alone."""
         if model.samples is None:
             return self.samples
         return model.samples or None
+
+    @property
+    def told_task(self) -> EvaluatedTask | None:
+        """What the models do as far as the recipe says it; None where only they know."""
+        if self.task is None and any(entry.format == "multiple_choice" for entry in self.data.eval):
+            return "multiple_choice"
+        return self.task
 
     @property
     def baseline_title(self) -> str:
@@ -259,6 +287,7 @@ EVALUATE_SPECS: Mapping[tuple[str, ...], type[Spec]] = {
     ("models", "samples"): SamplesSpec,
     ("data",): EvaluationDataSpec,
     ("data", "eval"): DatasetSpec,
+    ("lm_eval",): HarnessSpec,
     ("validation",): EvaluationDataSpec,
     ("validation", "eval"): DatasetSpec,
     ("samples",): SamplesSpec,

@@ -141,6 +141,10 @@ def _formats(s: _Sections) -> Iterator[Problem]:
             path, format = ("data", split, index), entry.get("format")
             if not isinstance(format, str) or format not in FORMAT_COLUMNS:
                 continue
+            if format == "multiple_choice":
+                message = "questions are evaluated, not learned; write right answers as `prompt_completion` rows."
+                yield Problem((*path, "format"), message)
+                continue
             if task == "causal_lm" and format == "labelled":
                 message = "labels are learned with `model.task: sequence_classification`."
                 yield Problem((*path, "format"), message)

@@ -39,7 +39,7 @@ class Entries(Mapping[str, V], Generic[V]):
 
     def plain(self) -> dict[str, object]:
         """The plain data it was read from."""
-        return dict(self.entries)
+        return {name: _plain(value) for name, value in self.entries}
 
 
 class Spec(BaseModel):
