@@ -27,9 +27,28 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
     ],
     *,
     data: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--data", metavar="PATH", help="Rows to evaluate on; may be repeated.", show_default=False),
-    ],
+    ] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lm-eval", metavar="TASK", help="Task of lm-eval-harness; may be repeated.", show_default="none"
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Solved examples before each question of the harness.", show_default="the task's"
+        ),
+    ] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="Documents of each task of the harness, or a share.", show_default="all"),
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Task files for the harness.", show_default="its own")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where results and figures go.", show_default="none")
     ] = None,
@@ -95,7 +114,8 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
         "models": [_model(text) for text in models],
         "base_model": base_model,
         "task": task,
-        "data": _given(eval=[{"path": path} for path in data], **common),
+        "data": _given(eval=[{"path": path} for path in data], **common) if data else None,
+        "lm_eval": _given(tasks=lm_eval, num_fewshot=num_fewshot, limit=limit, include_path=include_path) or None,
         "max_rows": max_rows,
         "validation": _given(eval=[{"path": path} for path in validation], **common) if validation else None,
         "samples": _samples(samples, temperature),

@@ -6,13 +6,14 @@
     variants.py         the ways a model is looked at: its mean, samples of its posterior, pruned
     measure.py          what a block of rows adds, per row
     open_model.py       a model in memory, when something has to be computed
+    harnessed.py        tasks of lm-eval-harness, at the mean of a model
     session.py          all of it, one block after the other, shared by processes (processes.py)
     store.py            blocks that are known already: of an earlier run, of another process
     scores.py           rows to scores, and to intervals between models
     outcome.py          numbers of one model with what they are to be read with
     results.py          everything found, as plain data (intervals.py, reliability.py)
     measured.py         what a merge cost, beside what its report predicted
-    table.py, pictures.py, progress.py, describe.py     what is seen of it
+    table.py, harness_table.py, pictures.py, progress.py, describe.py     what is seen of it
     run.py              from a recipe to a folder
 
 Each model is looked at as often as its recipe asks, one after the other; rows are tokenised once.

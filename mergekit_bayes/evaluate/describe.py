@@ -11,6 +11,7 @@ from mergekit_bayes.errors import MergekitBayesError, PlanError
 from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.evaluate.candidates import open_candidates
 from mergekit_bayes.evaluate.variants import variants_of
+from mergekit_bayes.predict.harness import check_installed
 from mergekit_bayes.recipe import dump_yaml
 from mergekit_bayes.recipe.data import DatasetSpec
 from mergekit_bayes.recipe.evaluate import METRICS, EvaluateRecipe
@@ -30,6 +31,7 @@ def describe(recipe: EvaluateRecipe) -> str:
     parts: tuple[tuple[str, Callable[[EvaluateRecipe], Iterator[str]]], ...] = (
         ("models", _models),
         ("data", _data),
+        ("lm_eval", _harness),
         ("output", _output),
     )
     for name, part in parts:
@@ -48,6 +50,8 @@ def _models(recipe: EvaluateRecipe) -> Iterator[str]:
     task, candidates = open_candidates(recipe, recipe_dir=recipe.folder)
     for candidate in candidates:
         yield f"{candidate.title}: {', '.join(_ways(recipe, candidate))}; {candidate.about}"
+    if recipe.data is None:
+        return
     yield f"for {task}: {', '.join(recipe.metrics or METRICS[task])}"
     if len(candidates) > 1:
         yield f"compared with {recipe.baseline_title}"
@@ -64,6 +68,8 @@ def _ways(recipe: EvaluateRecipe, candidate: Candidate) -> Iterator[str]:
 
 
 def _data(recipe: EvaluateRecipe) -> Iterator[str]:
+    if recipe.data is None:
+        return
     problems: list[MergekitBayesError] = []
     chosen = [] if recipe.validation is None else [(spec, " (validation)") for spec in recipe.validation.eval]
     for spec, role in [*((spec, "") for spec in recipe.data.eval), *chosen]:
@@ -75,6 +81,19 @@ def _data(recipe: EvaluateRecipe) -> Iterator[str]:
         raise PlanError(problems)
     packed = ", packed" if recipe.data.packing else ""
     yield f"rows of at most {recipe.data.max_length} tokens{packed}"
+
+
+def _harness(recipe: EvaluateRecipe) -> Iterator[str]:
+    """The tasks by name; whether there are such is known when the harness is asked, which takes seconds."""
+    spec = recipe.lm_eval
+    if spec is None:
+        return
+    check_installed()
+    told = [", ".join(spec.tasks)]
+    told += [] if spec.num_fewshot is None else [f"{spec.num_fewshot} solved examples before each question"]
+    told += [] if spec.limit is None else [f"limit {spec.limit:g}"]
+    told += [] if spec.include_path is None else [f"task files in {spec.include_path}"]
+    yield "; ".join(told)
 
 
 def _data_set(spec: DatasetSpec, folder: Path | None) -> str:

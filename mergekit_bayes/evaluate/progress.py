@@ -53,6 +53,6 @@ def _bar(total: int) -> Iterator[Advance]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), expand=True, transient=True) as display:
+    with Progress(*columns, console=Console(file=sys.stderr), expand=True, transient=True) as display:
         task = display.add_task("rows", total=total)
         yield lambda title, rows: display.update(task, description=title.replace("[", "\\["), advance=rows)

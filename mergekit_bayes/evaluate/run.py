@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_bayes.checkpoint.disk import write_atomically
 from mergekit_bayes.checkpoint.output import OutputFolder
+from mergekit_bayes.data import Task
 from mergekit_bayes.errors import EvaluateError
 from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.evaluate.candidates import open_candidates
 from mergekit_bayes.evaluate.encodings import Encodings
+from mergekit_bayes.evaluate.harnessed import Harnessed, answer_lines, harness_results, open_harness
 from mergekit_bayes.evaluate.outcome import Outcome
 from mergekit_bayes.evaluate.pictures import draw_reliability, draw_scores
 from mergekit_bayes.evaluate.processes import make_accelerator
-from mergekit_bayes.evaluate.results import results_of, results_text
-from mergekit_bayes.evaluate.session import Session
-from mergekit_bayes.evaluate.store import ROWS_FOLDER, Store, write_rows
+from mergekit_bayes.evaluate.results import results_of, results_text, results_without_rows
+from mergekit_bayes.evaluate.session import Found, Session
+from mergekit_bayes.evaluate.store import ANSWERS_NAME, ROWS_FOLDER, Store, write_rows
 from mergekit_bayes.merge.schemas import method_schemas
 from mergekit_bayes.recipe import dump_yaml, load_recipe
 from mergekit_bayes.recipe.evaluate import EvaluateRecipe
@@ -96,19 +98,20 @@ def evaluate(
     accelerator = make_accelerator()
     task, candidates = open_candidates(loaded, recipe_dir=places)
     folder = _folder(loaded, candidates, out, overwrite=overwrite, leader=accelerator.is_main_process)
-    encodings = Encodings(loaded, task, places, tables)
-    for candidate in candidates:
-        encodings.of(candidate)  # what is wrong with the data is said before anything is computed
+    # what is wrong with the data is said before anything is computed
+    encodings = _encodings(loaded, task, candidates, places, tables)
+    tasks = open_harness(loaded, task, places)
     with folder if folder is not None else nullcontext():
         accelerator.wait_for_everyone()  # the leader has prepared the folder
         store = Store(folder, None if folder is None else folder.target)
-        session = Session(loaded, task, encodings, store, accelerator)
-        outcomes = session.outcomes(candidates, show=progress and accelerator.is_main_process)
+        harness = Harnessed(loaded, tasks, store, accelerator)
+        session = Session(loaded, task, encodings, harness, store, accelerator)
+        found = session.run(candidates, show=progress and accelerator.is_main_process)
         if not accelerator.is_main_process:
             return EvaluateResult(None if folder is None else folder.target, {})
-        results = results_of(loaded, task, outcomes)
+        results = _results(loaded, task, candidates, found) | harness_results(tasks, found.answers)
         if folder is not None:
-            _write(folder.staging, loaded, outcomes, results)
+            _write(folder.staging, loaded, found, results)
             folder.publish()
     return EvaluateResult(None if folder is None else folder.target, results)
 
@@ -117,6 +120,23 @@ def _loaded(recipe: EvaluateRecipe | Path | str | Mapping[str, Any]) -> Evaluate
     if isinstance(recipe, EvaluateRecipe):
         return recipe
     return load_recipe(recipe, expect=EvaluateRecipe, methods=method_schemas())
+
+
+def _encodings(
+    recipe: EvaluateRecipe, task: Task, candidates: Sequence[Candidate], places: Path | None, tables: Tables | None
+) -> Encodings | None:
+    if recipe.data is None:
+        return None
+    encodings = Encodings(recipe, task, places, tables)
+    for candidate in candidates:
+        encodings.of(candidate)
+    return encodings
+
+
+def _results(recipe: EvaluateRecipe, task: Task, candidates: Sequence[Candidate], found: Found) -> dict[str, Any]:
+    if found.outcomes:
+        return results_of(recipe, task, found.outcomes)
+    return results_without_rows(recipe, task, candidates)
 
 
 def _folder(
@@ -133,13 +153,20 @@ def _folder(
     return folder
 
 
-def _write(staging: Path, recipe: EvaluateRecipe, outcomes: Sequence[Outcome], results: Mapping[str, Any]) -> None:
+def _write(staging: Path, recipe: EvaluateRecipe, found: Found, results: Mapping[str, Any]) -> None:
+    if found.outcomes:
+        _write_rows(staging, found.outcomes)
+        draw_scores(staging / SCORES_NAME, results)
+    if "lm_eval" in results:
+        write_atomically(staging / ANSWERS_NAME, "".join(f"{line}\n" for line in answer_lines(found.answers)).encode())
+    write_atomically(staging / RECIPE_NAME, dump_yaml(recipe.resolved()).encode())
+    if "reliability" in results:
+        draw_reliability(staging / RELIABILITY_NAME, results)
+    write_atomically(staging / RESULTS_NAME, results_text(results).encode())
+
+
+def _write_rows(staging: Path, outcomes: Sequence[Outcome]) -> None:
     (staging / ROWS_FOLDER).mkdir(exist_ok=True)
     for number, outcome in enumerate(outcomes):
         head = {"key": outcome.key, "title": outcome.title}
         write_rows(staging / ROWS_FOLDER / f"{number:02d}.jsonl", head, outcome.measured)
-    write_atomically(staging / RECIPE_NAME, dump_yaml(recipe.resolved()).encode())
-    draw_scores(staging / SCORES_NAME, results)
-    if "reliability" in results:
-        draw_reliability(staging / RELIABILITY_NAME, results)
-    write_atomically(staging / RESULTS_NAME, results_text(results).encode())

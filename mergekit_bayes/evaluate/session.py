@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_bayes.data import Task
 from mergekit_bayes.evaluate.candidate import Candidate
 from mergekit_bayes.evaluate.encodings import Encodings
+from mergekit_bayes.evaluate.harnessed import Answers, Harnessed
 from mergekit_bayes.evaluate.measure import Measured
 from mergekit_bayes.evaluate.open_model import OpenModel
 from mergekit_bayes.evaluate.outcome import Outcome
@@ -21,7 +22,20 @@ from mergekit_bayes.recipe.evaluate import EvaluateRecipe
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["Session"]
+__all__ = ["Found", "Session"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run found.
+
+    Attributes:
+        outcomes: on rows, in the order of tables.
+        answers: of lm-eval-harness, by the title of the model.
+    """
+
+    outcomes: Sequence[Outcome]
+    answers: Mapping[str, Answers]
 
 
 @dataclass(frozen=True)
@@ -31,32 +45,43 @@ class Session:
     Attributes:
         recipe: what was asked for.
         task: of the models.
-        encodings: the rows.
+        encodings: the rows; None without.
+        harness: tasks of lm-eval-harness.
         store: what is known.
         accelerator: device and processes.
     """
 
     recipe: EvaluateRecipe
     task: Task
-    encodings: Encodings
+    encodings: Encodings | None
+    harness: Harnessed
     store: Store
     accelerator: Accelerator
 
-    def outcomes(self, candidates: Sequence[Candidate], *, show: bool) -> list[Outcome]:
-        """Evaluates all models, one after the other; every process takes its share of the blocks and knows the rest.
+    def run(self, candidates: Sequence[Candidate], *, show: bool) -> Found:
+        """Evaluates all models, one after the other; every process takes its share of the work and knows the rest.
 
         Args:
             candidates: the models.
             show: whether to show progress.
         """
-        rows = [len(self.encodings.of(each).rows) * len(list(variants_of(self.recipe, each))) for each in candidates]
-        with follow(show=show, rows=sum(rows)) as advance:
-            return [outcome for candidate in candidates for outcome in self._model(candidate, advance)]
+        outcomes: list[Outcome] = []
+        answers: dict[str, Answers] = {}
+        with follow(show=show, rows=sum(map(self._size, candidates))) as advance:
+            for candidate in candidates:
+                encoding = None if self.encodings is None else self.encodings.of(candidate)
+                model = OpenModel(self.recipe, self.task, candidate, encoding, self.accelerator.device)
+                outcomes += self._on_rows(model, advance) if encoding is not None else ()
+                answers[candidate.title] = self.harness.answers(model, advance)
+        return Found(outcomes, answers)
 
-    def _model(self, candidate: Candidate, advance: Advance) -> Iterator[Outcome]:
-        encoding = self.encodings.of(candidate)
-        model = OpenModel(self.recipe, self.task, candidate, encoding, self.accelerator.device)
-        for variant in variants_of(self.recipe, candidate):
+    def _size(self, candidate: Candidate) -> int:
+        """Rows and documents of one model."""
+        rows = 0 if self.encodings is None else len(self.encodings.of(candidate).rows)
+        return rows * len(list(variants_of(self.recipe, candidate))) + self.harness.documents
+
+    def _on_rows(self, model: OpenModel, advance: Advance) -> Iterator[Outcome]:
+        for variant in variants_of(self.recipe, model.candidate):
             if variant.temperature is None:
                 chosen = self._chosen(model, variant)
                 yield self._variant(model, replace(variant, temperature=chosen["temperature"]), chosen, advance)
@@ -70,6 +95,7 @@ class Session:
         found = self._own_share(model, variant, key, advance)
         measured = {row: numbers for share in gathered(self.accelerator, found) for row, numbers in share.items()}
         note = self._note(model, variant, key)
+        assert model.encoding is not None  # only models with rows get here
         return Outcome(model.candidate, variant, model.encoding, key, measured, chosen, note)
 
     def _own_share(self, model: OpenModel, variant: Variant, key: str, advance: Advance) -> Measured:
@@ -95,6 +121,7 @@ class Session:
 
     def _chosen(self, model: OpenModel, variant: Variant) -> dict[str, Any]:
         """The temperature that validation rows choose; every process looks for itself, and takes the first one's."""
+        assert model.encoding is not None
         assert model.encoding.validation is not None  # the recipe was checked
         identity = self._identity(model) | {"validation": model.encoding.validation.fingerprint}
         item = f"{key_of(identity | dict(variant.identity))}:temperature"
@@ -116,7 +143,7 @@ class Session:
     def _identity(self, model: OpenModel) -> dict[str, object]:
         return {
             **model.candidate.identity,
-            "rows": model.encoding.rows.fingerprint,
+            "rows": model.feed.rows.fingerprint,
             "task": self.task,
             "labels": model.candidate.labels,
             "dtype": self.recipe.dtype,

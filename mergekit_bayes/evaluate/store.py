@@ -2,6 +2,7 @@
 
 While a run lasts, every finished block is one durable entry of the output's journal. The finished folder holds them as
 lines of JSON, `rows/<number>.jsonl`: a first line that says what the numbers depend on, then one line for every row.
+Answers of a harness are one line each of `lm_eval.jsonl`, which says of each what it depends on.
 A later evaluation that replaces the folder takes from it what it can use.
 """
 
@@ -21,9 +22,9 @@ from mergekit_bayes.evaluate.measure import Measured
 if TYPE_CHECKING:
     from mergekit_bayes.checkpoint.output import OutputFolder
 
-__all__ = ["ROWS_FOLDER", "Store", "key_of", "write_rows"]
+__all__ = ["ANSWERS_NAME", "ROWS_FOLDER", "Store", "key_of", "write_rows"]
 
-ROWS_FOLDER = "rows"
+ROWS_FOLDER, ANSWERS_NAME = "rows", "lm_eval.jsonl"
 
 
 def key_of(identity: Mapping[str, object]) -> str:
@@ -42,6 +43,7 @@ class Store:
     def __init__(self, folder: OutputFolder | None, before: Path | None = None) -> None:
         self._folder = folder
         self._before = dict(_published(before)) if before is not None else {}
+        self._answers = dict(_answers(before)) if before is not None else {}
 
     def known(self, key: str, block: int, indices: list[int]) -> Measured | None:
         """The numbers of a block; None if they are not known.
@@ -68,8 +70,8 @@ class Store:
         self.put(f"{key}:{block}", {"rows": list(measured), "numbers": [list(row) for row in measured.values()]})
 
     def get(self, item: str) -> dict[str, Any] | None:
-        """A record of an earlier, unfinished run; None if there is none."""
-        return None if self._folder is None else self._folder.finished(item)
+        """A record of an earlier, unfinished run, or an answer of a finished one; None if there is none."""
+        return self._answers.get(item) or (None if self._folder is None else self._folder.finished(item))
 
     def put(self, item: str, record: dict[str, Any]) -> None:
         """Remembers a record for good."""
@@ -91,6 +93,13 @@ def write_rows(path: Path, head: Mapping[str, object], measured: Measured) -> No
     lines = [json.dumps(dict(head), sort_keys=True)]
     lines += [json.dumps({"row": row, "numbers": list(measured[row])}) for row in sorted(measured)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def _answers(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a harness said in an earlier run, by item; a file that is not whole is none."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        for record in map(json.loads, (folder / ANSWERS_NAME).read_text(encoding="utf-8").splitlines()):
+            yield record["item"], {key: record[key] for key in ("item", "metrics", "documents")}
 
 
 def _published(folder: Path) -> Iterator[tuple[str, Measured]]:

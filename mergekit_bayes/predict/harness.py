@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_bayes.checkpoint.files import brief, listed, shown
+from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.errors import EvaluateError, PlanError
 from mergekit_bayes.model.library import seeded
 from mergekit_bayes.recipe.problem import did_you_mean
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     from mergekit_bayes.recipe.harness import HarnessSpec
 
-__all__ = ["EXTRA", "HarnessTask", "Metric", "TaskResult", "open_tasks"]
+__all__ = ["EXTRA", "HarnessTask", "Metric", "TaskResult", "check_installed", "open_tasks"]
 
 EXTRA = "pip install 'mergekit_bayes[lm-eval]'"
 _SEED = 1234  # the harness' own
@@ -158,18 +159,25 @@ def open_tasks(spec: HarnessSpec, *, recipe_dir: Path | None = None) -> tuple[Ha
         PlanError: several tasks that are not there, or cannot be loaded.
     """
     with _undisturbed():
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise EvaluateError(
-                f"lm_eval: lm-evaluation-harness cannot be imported ({brief(error)}); {EXTRA} installs it"
-            ) from error
+        check_installed()
+        from lm_eval.tasks import TaskManager  # takes seconds
+
         folder = None if spec.include_path is None else _folder(spec.include_path, recipe_dir)
         if folder is not None:
             with contextlib.suppress(PlanError):
                 # indexing the harness' own tasks, some ten thousand, takes seconds
                 return _all_loaded(TaskManager(include_path=folder, include_defaults=False), spec, folder)
         return _all_loaded(TaskManager(include_path=folder), spec, folder)
+
+
+def check_installed() -> None:
+    """Refuses to go on without the harness.
+
+    Raises:
+        EvaluateError: it is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluateError(f"lm_eval: lm-evaluation-harness is not installed; {EXTRA} installs it")
 
 
 def _folder(path: str, recipe_dir: Path | None) -> str:

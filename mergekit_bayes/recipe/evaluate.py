@@ -271,7 +271,8 @@ class EvaluateRecipe(Recipe):
     @property
     def told_task(self) -> EvaluatedTask | None:
         """What the models do as far as the recipe says it; None where only they know."""
-        if self.task is None and any(entry.format == "multiple_choice" for entry in self.data.eval):
+        entries = () if self.data is None else self.data.eval
+        if self.task is None and any(entry.format == "multiple_choice" for entry in entries):
             return "multiple_choice"
         return self.task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from mergekit_bayes.recipe.evaluate import EVALUATE_SPECS, METRICS, OF_MODELS_ON_DISK, EvaluateRecipe
+from mergekit_bayes.recipe.evaluate import EVALUATE_SPECS, METRICS, OF_MODELS_ON_DISK, OF_ROWS, EvaluateRecipe
 from mergekit_bayes.recipe.merge_check import check_merge
 from mergekit_bayes.recipe.method_schema import MethodSchema
 from mergekit_bayes.recipe.problem import KeyPath, Problem, did_you_mean, one_of, show
@@ -14,6 +14,7 @@ from mergekit_bayes.recipe.wording import Place, Wording, validate
 _Data = Mapping[str, object]
 
 _INSTEAD = frozenset({"path", "adapter"})  # written in place of `model`, and refused as what they are
+_INSTEAD_OF_DATA = frozenset({"dataset", "eval"})
 _ALL = frozenset(name for names in METRICS.values() for name in names)
 
 
@@ -26,6 +27,7 @@ def check_evaluate(data: _Data, methods: Sequence[MethodSchema]) -> tuple[Evalua
     """
     recipe, problems = validate(EvaluateRecipe, data, _WORDING)
     problems += [*_model_problems(data), *_merge_problems(data, methods)]
+    problems += [*_subject_problems(data)]
     problems += [*_name_problems(data), *_temperature_problems(data), *_metric_problems(data), *_mixture_problems(data)]
     return recipe, problems
 
@@ -88,6 +90,22 @@ def _name_problems(data: _Data) -> Iterator[Problem]:
     if isinstance(baseline, str) and known and baseline not in known:
         hint = did_you_mean(baseline, known) or f" Those are {one_of(known, 'and')}."
         yield Problem(("baseline",), f"is the name of no model.{hint}")
+
+
+def _subject_problems(data: _Data) -> Iterator[Problem]:
+    """Nothing to evaluate on, or keys about rows where there are none."""
+    asked = data.get("lm_eval") is not None
+    if asked and data.get("task") == "sequence_classification":
+        message = "tasks of the harness are put to language models; remove `lm_eval`, or `task`."
+        yield Problem(("lm_eval",), message, at_key=True)
+    if data.get("data") is not None:
+        return
+    if not asked and not _INSTEAD_OF_DATA & data.keys():
+        message = "missing; name the rows to evaluate on, such as `data: held_out.jsonl`, or tasks of `lm_eval`."
+        yield Problem(("data",), message)
+    for name in OF_ROWS if asked else ():
+        if data.get(name) is not None:
+            yield Problem((name,), "is about the rows of `data`, and there are none; remove it.", at_key=True)
 
 
 def _temperature_problems(data: _Data) -> Iterator[Problem]:
@@ -155,14 +173,13 @@ _WORDING = Wording(
     EVALUATE_SPECS,
     required={
         "models": "list what is evaluated, such as `models: [base, tuned]`.",
-        "data": "name the rows to evaluate on, such as `data: held_out.jsonl`.",
+        "tasks": "name tasks of lm-eval-harness, such as `lm_eval: [hellaswag]`.",
         "eval": "list what to evaluate on, each `- path: ...`.",
         "path": "name a file, a folder or a hub id.",
     },
     foreign=_foreign,
     stand_ins={
         "models": frozenset({"model", "path"}),
-        "data": frozenset({"dataset", "eval"}),
         "eval": frozenset({"path", "file", "files", "test", "validation"}),
     },
 )

@@ -108,7 +108,7 @@ _PURPOSES = {"finetune": "to fine-tune", "precision": "to estimate precisions", 
 
 def _likely_kind(data: Mapping[str, object]) -> str | None:
     """The kind of a recipe that has the sections of one and none of a merge's."""
-    if {"models", "data"} <= data.keys() and "merge_method" not in data:
+    if "models" in data and {"data", "lm_eval"} & data.keys() and "merge_method" not in data:
         return "evaluate"
     if {"merge_method", "models", "slices", "modules"} & data.keys():
         return None

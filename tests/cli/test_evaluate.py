@@ -141,3 +141,22 @@ def test_options_of_merges_are_refused(command: Command, site: Path) -> None:
     done = command("r.yaml", "--threads", "2")
     assert done.code == 2
     assert "recipes of kind `evaluate` have no use for it" in done.err
+
+
+def test_tasks_of_the_harness(command: Command, site: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from tests.harness_tasks import write_tasks
+
+    write_tasks(site / "tasks")
+    options = ["--lm-eval", "pick", "--include-path", "tasks", "--limit", "4", "--num-fewshot", "1"]
+    done = command("evaluate", "base", "ours=tuned", *options)
+    assert done.code == 0, done.err
+    assert done.out.startswith("lm-eval-harness ")
+    assert [line.split()[:2] for line in done.out.splitlines() if line.split()[:1] == ["pick"]] == [
+        ["pick", "acc"],
+        ["pick", "acc_norm"],
+    ]
+    assert "base: pick: from row 0 of 8" in done.err
+    nothing = command("evaluate", "base")
+    assert (nothing.code, nothing.out) == (2, "")
+    assert "data: missing; name the rows to evaluate on" in nothing.err

@@ -184,7 +184,7 @@ def test_a_failure_names_model_and_task(tasks: Path, tmp_path: Path, model: Any,
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, tasks: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval.tasks", None)
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(EvaluateError, match=r"pip install 'mergekit_bayes\[lm-eval\]' installs it"):
         opened(tasks, "pick")
 
