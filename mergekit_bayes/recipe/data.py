@@ -69,7 +69,7 @@ def _columns(value: object) -> Entries[str | tuple[str, ...]]:
         if name not in COLUMNS
     ]
     problems += [
-        Problem((name,), f"is one column; only `choices` may be a list of them, found {show(list(columns))}.")
+        Problem((name,), f"is one column; only `choices` may be a list of them, found {show(columns)}.")
         for name, columns in found.items()
         if name in COLUMNS and name != "choices" and not isinstance(columns, str)
     ]

@@ -40,7 +40,8 @@ def test_two_processes_find_what_one_finds(
 ) -> None:
     run(two_processes.language(llama, tuned), tmp_path / "language")
     run(two_processes.classes(bert), tmp_path / "classes")
-    for name in ("language", "classes"):
+    run(two_processes.questions(llama), tmp_path / "questions")
+    for name in ("language", "classes", "questions"):
         assert content(two[0] / name) == content(tmp_path / name)
     assert sorted(two[1].split("\n")) == ["", "interrupted", "interrupted", "no results", "results"]
 

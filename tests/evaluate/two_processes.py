@@ -26,12 +26,18 @@ def classes(bert: Path) -> dict[str, Any]:
     return recipe([bert], data="other labelled", batch_size=16, prune=0.5)
 
 
+def questions(llama: Path) -> dict[str, Any]:
+    """A language model that answers questions, of which some have more choices than a batch has rows."""
+    return recipe([llama], data="questions", task="multiple_choice")
+
+
 def main(llama: Path, tuned: Path, bert: Path, folder: Path) -> None:
     """Evaluate in both processes, without a folder too, and one that is cut short and goes on."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     run(language(llama, tuned), folder / "language")
     run(classes(bert), folder / "classes")
+    run(questions(llama), folder / "questions")
     alone = run(classes(bert)).results
     print("results" if alone else "no results", flush=True)
     computed = []

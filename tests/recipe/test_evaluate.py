@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mergekit_bayes.errors import RecipeError
-from mergekit_bayes.recipe import load_recipe
+from mergekit_bayes.recipe import dump_yaml, load_recipe
 from mergekit_bayes.recipe.evaluate import EvaluateRecipe, SamplesSpec
 
 
@@ -61,6 +62,27 @@ def test_a_resolved_recipe_reads_back() -> None:
     assert (recipe.prune, recipe.coverage) == ((0.25, 0.5), (0.5, 0.9))
 
 
+def test_data_of_questions(tmp_path: Path) -> None:
+    columns = {"question": "goal", "choices": ["sol1", "sol2"], "answer": "label"}
+    entry = {"path": "piqa", "format": "multiple_choice", "columns": columns, "separator": ""}
+    recipe = load(data={"eval": entry}, metrics=["normalised_accuracy", "selective_accuracy"])
+    assert recipe.told_task == "multiple_choice"
+    assert recipe.data is not None
+    (found,) = recipe.data.eval
+    assert found.columns["choices"] == ("sol1", "sol2")
+    assert recipe.resolved()["data"] == {
+        "eval": [{"path": "piqa", "split": "train", **entry}],
+        "max_length": 1024,
+        "long_rows": "truncate",
+        "packing": False,
+    }
+    assert load_recipe(recipe.resolved(), expect=EvaluateRecipe) == recipe
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(recipe.resolved()))
+    assert load_recipe(tmp_path / "recipe.yaml", expect=EvaluateRecipe) == recipe
+    assert (load(task="multiple_choice").told_task, load().told_task) == ("multiple_choice", None)
+    assert load(task="causal_lm", data={"eval": entry}).told_task == "causal_lm"
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -86,6 +108,11 @@ def test_a_resolved_recipe_reads_back() -> None:
         ({"models": [{"merge": "a.yaml"}, {"merge": "a.yaml"}]}, "models[1]: has the name of `models[0]`"),
         ({"coverage": 0}, "coverage: expected a number above 0"),
         ({"samples": {"temperature": 0}}, "samples.temperature: expected a number above 0"),
+        (
+            {"data": {"eval": {"path": "a", "columns": {"answer": ["b", "c"]}}}},
+            "data.eval.columns.answer: is one column; only `choices` may be a list of them, found a list.",
+        ),
+        ({"data": {"eval": {"path": "a", "separator": 3}}}, "data.eval.separator: expected text, found 3."),
         ({"max_length": 3}, "max_length: unknown key. Here it is `data.max_length`."),
     ],
 )

@@ -37,6 +37,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"model": {"path": "base", "load_in_8bit": True}, "adapter": {}},
         "model.load_in_8bit: quantised weights cannot be trained; add an `adapter`, or load them whole.",
     ),
+    "questions, from which nothing is learned": (
+        {"data": {"train": {"path": "a.jsonl", "format": "multiple_choice"}}},
+        {"data": {"train": {"path": "a.jsonl", "format": "prompt_completion"}}},
+        "data.train.format: questions are evaluated, not learned; write right answers as `prompt_completion` rows.",
+    ),
     "4-bit options for other weights": (
         {"model": {"path": "base", "bnb_4bit_compute_dtype": "bfloat16"}, "adapter": {}},
         {"model": {"path": "base", "bnb_4bit_compute_dtype": "bfloat16", "load_in_4bit": True}, "adapter": {}},
