@@ -8,6 +8,7 @@
     tasks.py                        the data of the tasks, tokenised and batched once, and scores on it
     stacked.py                      several mixes of adapters in one forward pass
     evaluators.py, cache.py         evaluating by the fastest way there is, and never twice
+    harness.py                      tasks of lm-eval-harness as evaluators
     sweep.py, evaluation.py         what is evaluated, in which order, by which process; adaptive.py: where next
     progress.py                     how far it is
     front.py, results.py            what is dominated, hypervolume, knee, max-min; points as data

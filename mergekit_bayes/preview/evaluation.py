@@ -34,6 +34,11 @@ FIRST_SHARE = 0.4
 """Of a budget that adapts, evaluated as the design has it before anything is foreseen."""
 
 
+def _identity(evaluator: Evaluator) -> str:
+    """What is known of an evaluator: what it says itself that its scores depend on, else its name."""
+    return str(getattr(evaluator, "identity", getattr(evaluator, "__qualname__", "")))
+
+
 class Evaluation:
     """Everything that is evaluated for one preview.
 
@@ -66,7 +71,7 @@ class Evaluation:
         self._references = plan_references(recipe, recipe_dir)
         local = int(os.environ.get("LOCAL_RANK", "0"))
         self.ground = load_ground(recipe, recipe_dir=recipe_dir, tables=tables, local_rank=local)
-        own = [f"{name}:{getattr(each, '__qualname__', '')}" for name, each in sorted(evaluators.items())]
+        own = [f"{name}:{_identity(each)}" for name, each in sorted(evaluators.items())]
         tasks = [(task.name, task.key) for task in self.ground.tasks]
         self._inputs = [tasks, str(self.ground.dtype), self.ground.device.type, own]
         spec = recipe.evaluation

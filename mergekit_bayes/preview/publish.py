@@ -180,7 +180,7 @@ def _content(
                 "expert": recipe.models[expert].model,
                 "metric": task.metric,
                 "better": "higher" if task.higher_is_better else "lower",
-                **({} if found.units is None else {"units": found.units[name]}),
+                **({} if name not in (found.units or {}) else {"units": (found.units or {})[name]}),
             }
             for name, task, expert in zip(names, recipe.tasks, recipe.experts, strict=True)
         ],

@@ -17,6 +17,7 @@ from mergekit_bayes.preview.cache import EvaluationCache
 from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.designs import mixes_of
 from mergekit_bayes.preview.folder import PreviewFolder
+from mergekit_bayes.preview.harness import open_harness
 from mergekit_bayes.preview.page import check_page
 from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods, plan_references
 from mergekit_bayes.preview.publish import Found, publish
@@ -85,7 +86,7 @@ def preview(
         recipe_dir: folder that relative paths are tried from after the current one; by default the recipe's own.
         tables: data sets in memory, by the path that stands for them in the recipe.
         evaluators: scores of your own, by task, in place of those of the task's metric: the merged model in memory to a
-            number. Such mixes are merged and evaluated one at a time.
+            number. Such mixes are merged and evaluated one at a time, and so are those of tasks of lm-eval-harness.
 
     Returns:
         The results.
@@ -101,15 +102,17 @@ def preview(
     if target is None:
         hint = "missing; name a folder there, or after the recipe on the command line."
         raise RecipeError(loaded.describe(("output", "path"), hint))
-    options = _Options(progress, loaded.folder if recipe_dir is None else recipe_dir, tables, evaluators or {})
-    _check_evaluators(loaded, options.evaluators)
+    places = loaded.folder if recipe_dir is None else recipe_dir
+    _check_evaluators(loaded, evaluators or {})
     check_page(loaded)
     folder = PreviewFolder(Path(target), overwrite=overwrite)
     processes = Processes.from_environment()
     if processes.leader:
         folder.check()
-    plans = plan_methods(loaded, options.recipe_dir)
-    plan_references(loaded, options.recipe_dir)  # refused now, not after the posteriors have predicted
+    plans = plan_methods(loaded, places)
+    plan_references(loaded, places)  # refused now, not after the posteriors have predicted
+    loaded, of_harness = open_harness(loaded, places)
+    options = _Options(progress, places, tables, {**of_harness, **(evaluators or {})})
     with ExitStack() as stack:
         stack.enter_context(processes.together())
         stack.enter_context(folder.held(loaded.resolved()) if processes.leader else nullcontext())
@@ -128,6 +131,9 @@ def _check_evaluators(recipe: PreviewRecipe, evaluators: Mapping[str, Evaluator]
     unknown = sorted(set(evaluators) - set(recipe.task_names))
     if unknown:
         raise RecipeError(f"evaluators: {unknown[0]} is no task; there are {', '.join(recipe.task_names)}")
+    for name, task in zip(recipe.task_names, recipe.tasks, strict=True):
+        if name in evaluators and task.lm_eval is not None:
+            raise RecipeError(f"evaluators: {name} is a task of lm-eval-harness; keep one of the two")
 
 
 @dataclass
@@ -202,4 +208,4 @@ class _Run:
         show = self.options.progress and self.processes.leader
         groups = evaluation.run(mixes, stopped=lambda: bool(self.stop), show=show)
         self.seconds["evaluation"] = time.monotonic() - began
-        return groups, {task.name: task.units for task in evaluation.ground.tasks}
+        return groups, {task.name: task.units for task in evaluation.ground.tasks if task.units}

@@ -21,12 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationInfo, model_validator
 
 from mergekit_bayes.recipe import field
 from mergekit_bayes.recipe.data import DatasetSpec
 from mergekit_bayes.recipe.design import BudgetSpec, DesignSpec, design_mapping
 from mergekit_bayes.recipe.evaluation_data import EvaluationDataSpec, evaluation_data_mapping
+from mergekit_bayes.recipe.harness import HarnessSpec, harness_mapping
 from mergekit_bayes.recipe.merge import DType, PrecisionSpec, SourceSpec
 from mergekit_bayes.recipe.model import TrainingDType
 from mergekit_bayes.recipe.parameters import Parameters, parse_parameters
@@ -35,6 +36,7 @@ from mergekit_bayes.recipe.reference import model_reference
 from mergekit_bayes.recipe.spec import Entries, Recipe, Spec, checked, empty_if_nothing
 
 __all__ = [
+    "FIRST_METRIC",
     "PREVIEW_SPECS",
     "EvaluationSpec",
     "MethodSpec",
@@ -43,6 +45,9 @@ __all__ = [
     "ReferenceSpec",
     "TaskSpec",
 ]
+
+FIRST_METRIC = "first"
+"""Stands for the `acc` of a task of lm-eval-harness, else for the first of its metrics."""
 
 Fidelity: TypeAlias = Literal["surrogate", "fitted", "evaluated"]
 Space: TypeAlias = Literal["product", "factor", "full"]
@@ -106,6 +111,23 @@ class MethodSpec(Spec):
         return self.name or self.merge_method
 
 
+_metric = field.choice("loss", "perplexity", "accuracy", also={"nll": "loss", "ppl": "perplexity", "acc": "accuracy"})
+
+
+def _task_metric(value: object, info: ValidationInfo) -> str:
+    """Of the harness, whatever its task has; `lm_eval` is absent where it was refused itself."""
+    rows = "lm_eval" in info.data and info.data["lm_eval"] is None
+    return _metric(value) if rows else field.text(value)
+
+
+def _one_harness_task(value: object) -> object:
+    found = harness_mapping(value)
+    tasks = found.get("tasks") if isinstance(found, Mapping) else None
+    if isinstance(found, Mapping) and (tasks is None or (isinstance(tasks, list | tuple) and len(tasks) != 1)):
+        raise refusal(f"expected one task of lm-eval-harness, found {show(tasks)}; a preview lists others beside it.")
+    return found
+
+
 class TaskSpec(Spec):
     """One task: the model that was trained for it, and what it is judged by.
 
@@ -113,7 +135,9 @@ class TaskSpec(Spec):
         name: what plots and tables call it; None for the last part of the model's name.
         model: its expert, one of `models`; None for the model at the same place of the list.
         data: rows to evaluate on; None where nothing is evaluated.
-        metric: `loss` (nats per unit), `perplexity` of language models, or `accuracy`.
+        lm_eval: a task of lm-eval-harness to evaluate on in place of rows, its name or how it is asked.
+        metric: `loss` (nats per unit), `perplexity` of language models, or `accuracy`; of the harness any metric of its
+            task, `first` for its `acc`, else its first.
         better: whether `lower` or `higher` scores are better; None for what the metric says.
         max_rows: evaluate only so many rows, evenly spread over all of them.
     """
@@ -124,17 +148,24 @@ class TaskSpec(Spec):
         EvaluationDataSpec | None,
         BeforeValidator(lambda value: None if value is None else evaluation_data_mapping(value)),
     ] = None
-    metric: Annotated[
-        Literal["loss", "perplexity", "accuracy"],
-        checked(
-            field.choice("loss", "perplexity", "accuracy", also={"nll": "loss", "ppl": "perplexity", "acc": "accuracy"})
-        ),
-    ] = "loss"
+    lm_eval: Annotated[HarnessSpec | None, BeforeValidator(_one_harness_task)] = None
+    metric: Annotated[str, PlainValidator(_task_metric)] = "loss"
     better: Annotated[
         Literal["lower", "higher"] | None,
         checked(field.optional(field.choice("lower", "higher", also={"less": "lower", "more": "higher"}))),
     ] = None
     max_rows: Annotated[int | None, checked(field.optional(field.integer(1)))] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _metric_of_the_harness(cls, data: object) -> object:
+        if isinstance(data, Mapping) and data.get("lm_eval") is not None and data.get("metric") is None:
+            return {**data, "metric": FIRST_METRIC}
+        return data
+
+    def without_effect(self) -> frozenset[str]:
+        """A task of the harness has documents of its own."""
+        return frozenset() if self.lm_eval is None else frozenset({"data", "max_rows"})
 
     @property
     def higher_is_better(self) -> bool:
@@ -314,6 +345,7 @@ PREVIEW_SPECS: Mapping[tuple[str, ...], type[Spec]] = {
     ("methods", "precision"): PrecisionSpec,
     ("precision",): PrecisionSpec,
     ("tasks",): TaskSpec,
+    ("tasks", "lm_eval"): HarnessSpec,
     ("tasks", "data"): EvaluationDataSpec,
     ("tasks", "data", "eval"): DatasetSpec,
     ("design",): DesignSpec,

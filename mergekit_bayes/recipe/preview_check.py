@@ -111,8 +111,10 @@ def _task_problems(data: _Data) -> Iterator[Problem]:
             yield Problem(("tasks", index, "model"), f"is none of `models`, of which it should be the expert.{listing}")
         if expert is None and index >= len(models) > 0:
             yield Problem(("tasks", index, "model"), "missing; name the model that was trained for it.")
-        if evaluated and task.get("data") is None:
+        if evaluated and task.get("data") is None and task.get("lm_eval") is None:
             yield Problem(("tasks", index, "data"), "missing; only `fidelity: surrogate` needs no data.")
+        if task.get("lm_eval") is not None:
+            yield from _harness_problems(index, task, data)
         yield from _directions(index, task)
         name = task.get("name") or _last_part(expert or (models[index] if index < len(models) else None))
         if name is not None and name in named:
@@ -120,11 +122,25 @@ def _task_problems(data: _Data) -> Iterator[Problem]:
         named.setdefault(name, index)
 
 
+def _harness_problems(index: int, task: _Data, data: _Data) -> Iterator[Problem]:
+    """What does not go with a task of lm-eval-harness."""
+    if task.get("data") is not None:
+        yield Problem(("tasks", index, "lm_eval"), "beside `data`; keep one of them.", at_key=True)
+    if task.get("max_rows") is not None:
+        yield Problem(("tasks", index, "max_rows"), "is about rows; write `lm_eval: {limit: ...}`.", at_key=True)
+    evaluation = data.get("evaluation")
+    if isinstance(evaluation, Mapping) and evaluation.get("task") not in (None, "causal_lm"):
+        message = "tasks of the harness are put to language models; remove it, or `evaluation.task`."
+        yield Problem(("tasks", index, "lm_eval"), message, at_key=True)
+
+
 def _last_part(model: object) -> str | None:
     return PurePath(model).name if isinstance(model, str) else None
 
 
 def _directions(index: int, task: _Data) -> Iterator[Problem]:
+    if task.get("lm_eval") is not None:
+        return  # the harness says it, and has other metrics of these names
     metric, better = task.get("metric", "loss"), task.get("better")
     wanted = "higher" if metric == "accuracy" else "lower"
     if better in ("lower", "higher") and metric in ("loss", "perplexity", "accuracy") and better != wanted:
