@@ -151,7 +151,7 @@ def run_evaluation(recipe: EvaluateRecipe, out: Path | None, *, overwrite: bool,
 
             print_results(result.results)
             if result.folder is not None:
-                print(f"{result.folder}: results.json, rows, figures")
+                print(f"{result.folder}: results.json{', rows, figures' if result.results['data'] else ''}")
 
 
 def _given(**options: Any) -> dict[str, Any]:

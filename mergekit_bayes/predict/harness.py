@@ -27,7 +27,7 @@ import numpy as np
 
 from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.errors import EvaluateError, PlanError
-from mergekit_bayes.model.library import seeded
+from mergekit_bayes.model.library import quiet, seeded
 from mergekit_bayes.recipe.problem import did_you_mean
 
 if TYPE_CHECKING:
@@ -281,6 +281,7 @@ def _undisturbed() -> Iterator[None]:
     np.random.seed(_SEED)
     try:
         with (
+            quiet(),
             seeded(_SEED),
             warnings.catch_warnings(action="ignore"),
             contextlib.redirect_stdout(io.StringIO()),

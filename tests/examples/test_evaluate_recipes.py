@@ -55,7 +55,10 @@ def _changes(path: Path, folder: Path) -> dict[str, object]:
     if path.parent.name == "stdlib_lm":
         text = folder / "short.txt"
         text.write_text("def merge(mean, precision):\n    return mean * precision\n" * 20, encoding="utf-8")
-        sets = load_recipe(path, expect=EvaluateRecipe).data.eval
+        recipe = load_recipe(path, expect=EvaluateRecipe)
+        assert recipe.data is not None
+        sets = recipe.data.eval
+        common |= {} if recipe.lm_eval is None else {"lm_eval.limit": 3}
         places = ["data.eval"] if len(sets) == 1 else [f"data.eval[{index}].path" for index in range(len(sets))]
         return {**common, **dict.fromkeys(places, text), "data.max_length": 64}
     rows = _rows(path, folder)
