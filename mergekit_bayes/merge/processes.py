@@ -1,7 +1,7 @@
 """Several processes on one merge: who am I, and waiting for the others.
 
 Processes are started by `torchrun` or `accelerate launch`, which set RANK and WORLD_SIZE; they share the output's
-file system and talk to each other only to wait and to hear of failures.
+file system and talk to each other to wait, to hear of failures, and to exchange what they have found.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from mergekit_bayes.errors import PeerError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Processes:
         finally:
             # Who heard of another's failure has already taken part in the exchange that told of it.
             if not isinstance(failure, PeerError):
-                self._agree(failure)
+                self._exchanged(failure, None)
             if started:
                 dist.destroy_process_group()
 
@@ -66,14 +69,26 @@ class Processes:
         Raises:
             PeerError: another process failed instead.
         """
-        if self.count > 1:
-            self._agree(None)
+        self.gathered(None)
 
-    def _agree(self, failure: BaseException | None) -> None:
+    def gathered(self, value: T) -> list[T]:
+        """What every process has, by rank; every process calls this at the same place.
+
+        Args:
+            value: of this process, anything that can be pickled.
+
+        Raises:
+            PeerError: another process failed instead.
+        """
+        return [value] if self.count == 1 else self._exchanged(None, value)
+
+    def _exchanged(self, failure: BaseException | None, value: Any) -> list[Any]:
+        """What every process has, with word of those that failed."""
         import torch.distributed as dist
 
-        messages: list[str | None] = [None] * self.count
-        dist.all_gather_object(messages, None if failure is None else str(failure) or type(failure).__name__)
-        failed = [(rank, text) for rank, text in enumerate(messages) if text is not None]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, (None if failure is None else str(failure) or type(failure).__name__, value))
+        failed = [(rank, text) for rank, (text, _) in enumerate(found) if text is not None]
         if failed and failure is None:
             raise PeerError(f"process {failed[0][0]} of {self.count} failed: {failed[0][1]}")
+        return [value for _, value in found]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -73,6 +72,7 @@ class Evaluation:
         self.ground = load_ground(recipe, recipe_dir=recipe_dir, tables=tables, local_rank=local)
         own = [f"{name}:{_identity(each)}" for name, each in sorted(evaluators.items())]
         tasks = [(task.name, task.key) for task in self.ground.tasks]
+        self._elsewhere: frozenset[str] = frozenset()
         self._inputs = [tasks, str(self.ground.dtype), self.ground.device.type, own]
         spec = recipe.evaluation
         self._evaluations = Evaluations(self.ground, spec.mixes_per_batch, spec.max_memory, evaluators)
@@ -91,20 +91,30 @@ class Evaluation:
         budget, began = self.recipe.budget, monotonic()
         designs = [mixes] * len(self.plans)
         first = within_budget(designs, self._first(len(mixes)))
-        groups = [*self._needed(), *self._groups(first)]
+        needed = self._needed()
+        self._elsewhere = frozenset(key for group in needed for key in group.keys)
+        groups = [*needed, *self._groups(first)]
         later = 0 if budget.points is None else budget.points - sum(map(len, first))
         total = sum(len(group.mixes) for group in groups) + (later if self.recipe.design.adaptive else 0)
-        with self._evaluations, follow(math.ceil(total / self.processes.count), show=show) as report:
+        with self._evaluations, follow(total, show=show) as report:
 
             def late() -> bool:
                 return budget.minutes is not None and monotonic() - began > 60 * budget.minutes
 
             def carry_out(some: Sequence[Group]) -> None:
-                share = (self.processes.rank, self.processes.count)
-                run_groups(some, self._evaluations, self.cache, share=share, late=late, stopped=stopped, report=report)
+                run_groups(
+                    some,
+                    self._evaluations,
+                    self.cache,
+                    processes=self.processes,
+                    late=late,
+                    stopped=stopped,
+                    report=report,
+                )
                 self.processes.barrier()
 
-            carry_out(groups)
+            carry_out(needed)
+            carry_out(groups[len(needed) :])
             if self.recipe.design.adaptive and budget.points is not None:
                 self._adapt(mixes, groups, later, carry_out)
         return groups
@@ -166,7 +176,13 @@ class Evaluation:
     def _groups(self, chosen: Sequence[Sequence[Mix]]) -> list[Group]:
         """Groups of the chosen mixes of every method, the methods in turn."""
         of_methods = [
-            groups_of(plan, mine, together=self._evaluations.together(plan), inputs=self._inputs)
+            groups_of(
+                plan,
+                mine,
+                together=self._evaluations.together(plan),
+                inputs=self._inputs,
+                elsewhere=self._elsewhere,  # an expert is a mix of many a method
+            )
             for plan, mine in zip(self.plans, chosen, strict=True)
         ]
         return list(in_turns(of_methods))

@@ -6,20 +6,31 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from mergekit_bayes.merge.in_place import InPlace
+from mergekit_bayes.merge.processes import Processes
 from mergekit_bayes.model.base_identity import open_base
 from mergekit_bayes.model.pretrained import Loading, load_pretrained
 from mergekit_bayes.model.tokens import load_tokenizer
 from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.plans import MethodPlan
 from mergekit_bayes.preview.stacked import StackedAdapters, can_stack
-from mergekit_bayes.preview.tasks import Scores, TaskData, check_fit, common_labels, load_tasks, score
+from mergekit_bayes.preview.tasks import (
+    Scores,
+    Sums,
+    TaskData,
+    batch_sums,
+    check_fit,
+    common_labels,
+    load_tasks,
+    scores_of_sums,
+)
 from mergekit_bayes.recipe.model import ModelSpec
 
 if TYPE_CHECKING:
@@ -30,6 +41,8 @@ __all__ = ["Evaluated", "Evaluator", "Ground", "load_ground"]
 
 Evaluator: TypeAlias = Callable[[nn.Module], float]
 """A score of your own for one task: the model in memory, in evaluation mode, to a number."""
+
+_ALONE = Processes()
 
 
 @dataclass(frozen=True)
@@ -144,40 +157,60 @@ class Evaluations:
         self._stack.close()
         self._ready = None
 
-    def evaluate(self, method: MethodPlan, mixes: Sequence[Mix]) -> list[Evaluated]:
+    def evaluate(self, method: MethodPlan, mixes: Sequence[Mix], processes: Processes = _ALONE) -> list[Evaluated]:
         """Evaluates mixes that share forward passes; what fails is recorded for the mix that made it fail.
 
         Args:
             method: of the mixes.
             mixes: not more than `together` says.
+            processes: all of which call this, and split the rows of every task; the scores are those of one process to
+                the bit.
         """
-        began = time.monotonic()
+        began, error = time.monotonic(), None
+        found: dict[str, Sums | float] = {}
         try:
-            found = self._scores(method, mixes)
-        except Exception as error:  # one mix that fails must not end a sweep of hours
-            if len(mixes) > 1:
-                return [alone for mix in mixes for alone in self.evaluate(method, [mix])]
-            return [Evaluated({}, time.monotonic() - began, f"{type(error).__name__}: {error}")]
-        share = (time.monotonic() - began) / len(mixes)
-        return [Evaluated(scores, share) for scores in found]
+            found = self._found(method, mixes, (processes.rank, processes.count))
+        except Exception as raised:  # one mix that fails must not end a sweep of hours
+            error = f"{type(raised).__name__}: {raised}"
+        shares = processes.gathered((found, error, time.monotonic() - began))
+        seconds = sum(spent for _, _, spent in shares)
+        failed = next((error for _, error, _ in shares if error is not None), None)
+        if failed is None:
+            scores = self._scores([parts for parts, _, _ in shares], len(mixes))
+            return [Evaluated(each, seconds / len(mixes)) for each in scores]
+        if len(mixes) > 1:
+            return [alone for mix in mixes for alone in self.evaluate(method, [mix], processes)]
+        return [Evaluated({}, seconds, failed)]
 
-    def _scores(self, method: MethodPlan, mixes: Sequence[Mix]) -> list[dict[str, Scores]]:
-        ready = self._prepared(method)
+    def _found(self, method: MethodPlan, mixes: Sequence[Mix], share: tuple[int, int]) -> dict[str, Sums | float]:
+        """What this process adds to the scores of every task; scores of your own are left to the first one."""
+        ready, select = self._prepared(method), None
         if isinstance(ready, InPlace):
             (mix,) = mixes
             ready.load(method.steps_at(mix))
-            return [{task.name: self._of_one(task) for task in self.ground.tasks}]
-        found: list[dict[str, Scores]] = [{} for _ in mixes]
+        else:
+            select = partial(ready.choose, mixes)
+        found: dict[str, Sums | float] = {}
         for task in self.ground.tasks:
-            scores = score(self.ground.model, task, mixes=len(mixes), select=lambda rows: ready.choose(mixes, rows))
-            for each, named in zip(found, scores, strict=True):
-                each[task.name] = named
+            own = self.evaluators.get(task.name)
+            if own is None:
+                found[task.name] = batch_sums(self.ground.model, task, mixes=len(mixes), select=select, share=share)
+            elif share[0] == 0:
+                found[task.name] = float(own(self.ground.model))
         return found
 
-    def _of_one(self, task: TaskData) -> Scores:
-        if task.name in self.evaluators:
-            return {task.metric: float(self.evaluators[task.name](self.ground.model))}
-        return score(self.ground.model, task)[0]
+    def _scores(self, shares: Sequence[Mapping[str, Sums | float]], count: int) -> list[dict[str, Scores]]:
+        """The scores of every mix, from what all processes have."""
+        found: list[dict[str, Scores]] = [{} for _ in range(count)]
+        for task in self.ground.tasks:
+            parts = [share[task.name] for share in shares if task.name in share]
+            if task.name in self.evaluators:
+                found[0][task.name] = {task.metric: float(cast("float", parts[0]))}
+                continue
+            sums = {place: each for part in parts for place, each in cast("Sums", part).items()}
+            for each, scores in zip(found, scores_of_sums(task, sums), strict=True):
+                each[task.name] = scores
+        return found
 
     def _prepared(self, method: MethodPlan) -> StackedAdapters | InPlace:
         """The method ready on the model; the one before leaves it."""

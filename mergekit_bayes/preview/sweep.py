@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_bayes.merge.processes import Processes
 from mergekit_bayes.preview.cache import EvaluationCache, key_of
 from mergekit_bayes.preview.design import Mix
 from mergekit_bayes.preview.evaluators import Evaluated, Evaluations
 from mergekit_bayes.preview.plans import MethodPlan
 
 __all__ = ["Group", "groups_of", "run_groups", "within_budget"]
+
+_ALONE = Processes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,13 @@ class Group:
 
 
 def groups_of(
-    method: MethodPlan, mixes: Sequence[Mix], *, together: int, inputs: object, needed: bool = False
+    method: MethodPlan,
+    mixes: Sequence[Mix],
+    *,
+    together: int,
+    inputs: object,
+    needed: bool = False,
+    elsewhere: Collection[str] = (),
 ) -> list[Group]:
     """Cuts the mixes of one method into groups.
 
@@ -49,10 +58,12 @@ def groups_of(
         together: mixes per group.
         inputs: what their scores depend on besides method and weights, as JSON.
         needed: as in `Group`.
+        elsewhere: keys of mixes that are evaluated in other groups before; here they are in groups of their own.
     """
-    job = method.plan.job
-    parts = [tuple(mixes[start : start + together]) for start in range(0, len(mixes), together)]
-    return [Group(method, part, tuple(key_of(job, mix, inputs) for mix in part), needed) for part in parts]
+    keyed = [(mix, key_of(method.plan.job, mix, inputs)) for mix in mixes]
+    parts = [[pair for pair in keyed if (pair[1] in elsewhere) == known] for known in (True, False)]
+    cut = [part[start : start + together] for part in parts for start in range(0, len(part), together)]
+    return [Group(method, tuple(m for m, _ in pairs), tuple(k for _, k in pairs), needed) for pairs in cut]
 
 
 def within_budget(designs: Sequence[Sequence[Mix]], points: int | None) -> list[list[Mix]]:
@@ -88,31 +99,56 @@ def run_groups(
     evaluations: Evaluations,
     cache: EvaluationCache,
     *,
-    share: tuple[int, int] = (0, 1),
+    processes: Processes = _ALONE,
     late: Callable[[], bool] = lambda: False,
     stopped: Callable[[], bool] = lambda: False,
     report: Report = lambda _: None,
 ) -> None:
-    """Evaluates what is not in the cache, and puts it there.
+    """Evaluates what is not in the cache, and puts it there; every process calls this with the same groups.
+
+    Groups are dealt to the processes as long as there is one for each of them. What is left over, such as a few mixes
+    on many devices, is evaluated by all of them together, each on its share of the rows.
 
     Args:
         groups: in order.
         evaluations: does the work.
         cache: where records are.
-        share: this process and the number of all; each takes every so-many-th group.
+        processes: that share the work.
         late: whether the time is over, so that no group is begun unless it is needed; looked at before each.
         stopped: whether somebody asked to stop; looked at between groups.
-        report: told the number of mixes after every group.
+        report: told the number of mixes that are done, of all processes as far as one can tell, after every group.
     """
-    rank, world = share
-    known = {key for key, record in cache.read().items() if "error" not in record}
-    for group in [group for index, group in enumerate(groups) if index % world == rank]:
-        if stopped() or (not group.needed and late()):
-            continue
-        if not known.issuperset(group.keys):
+
+    def wanted(group: Group) -> bool:
+        return not stopped() and (group.needed or not late())
+
+    todo = _missing(groups, cache, processes)
+    if len(todo) < len(groups):
+        report(sum(len(group.mixes) for group in groups) - sum(len(group.mixes) for group in todo))
+    dealt = len(todo) - len(todo) % processes.count
+    for group in todo[processes.rank : dealt : processes.count]:
+        if wanted(group):
             found = evaluations.evaluate(group.method, group.mixes)
-            cache.add([_record(group, place, each) for place, each in enumerate(found)])
-        report(len(group.mixes))
+            cache.add(_records(group, found))
+            report(len(group.mixes) * processes.count)
+    for group in todo[dealt:]:
+        if all(processes.gathered(wanted(group))):
+            found = evaluations.evaluate(group.method, group.mixes, processes)
+            if processes.leader:
+                cache.add(_records(group, found))
+            report(len(group.mixes))
+
+
+def _missing(groups: Sequence[Group], cache: EvaluationCache, processes: Processes) -> list[Group]:
+    """What is not known yet, the same in every process: nobody writes while others read."""
+    processes.barrier()
+    known = {key for key, record in cache.read().items() if "error" not in record}
+    processes.barrier()
+    return [group for group in groups if not known.issuperset(group.keys)]
+
+
+def _records(group: Group, found: Sequence[Evaluated]) -> list[Mapping[str, Any]]:
+    return [_record(group, place, each) for place, each in enumerate(found)]
 
 
 def _record(group: Group, place: int, found: Evaluated) -> Mapping[str, Any]:

@@ -9,23 +9,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from mergekit_bayes.data import collate, load_training_data, misfit, packing_fault
+from mergekit_bayes.data import misfit, packing_fault
 from mergekit_bayes.errors import EvaluateError
 from mergekit_bayes.model.load import longest_row
 from mergekit_bayes.predict import predict_next_tokens, predict_probabilities
+from mergekit_bayes.predict.rows import Feed, read_rows, spread
 
 if TYPE_CHECKING:
-    from mergekit_bayes.data import Rows
     from mergekit_bayes.data.read import Tables
     from mergekit_bayes.recipe.preview import PreviewRecipe, TaskSpec
 
-__all__ = ["Scores", "TaskData", "common_labels", "load_tasks", "score"]
+__all__ = ["Scores", "Sums", "TaskData", "batch_sums", "common_labels", "load_tasks", "score", "scores_of_sums"]
 
 Scores: TypeAlias = Mapping[str, float]
 """Every score of one task by its name: `loss` in nats per unit, `perplexity`, `accuracy`."""
+
+Sums: TypeAlias = Mapping[int, Sequence[tuple[float, float]]]
+"""By batch, for each mix: summed loss and number of right answers."""
 
 Select: TypeAlias = Callable[[int], None]
 """Told how many rows of every mix the next batch holds."""
@@ -87,32 +89,33 @@ def load_tasks(
             found.append(_without_rows(spec, name))
             continue
         assert spec.data is not None  # the check of the recipe wants data where something is evaluated
-        data = load_training_data(
-            spec.data.as_learned(), tokenizer, task=recipe.evaluation.task, recipe_dir=recipe_dir, tables=tables
+        data = read_rows(
+            spec.data,
+            tokenizer,
+            task=recipe.evaluation.task,
+            labels=spec.data.labels,
+            recipe_dir=recipe_dir,
+            tables=tables,
         )
-        found.append(_task(spec, name, data.train, data.labels, pad=pad, size=rows_per_batch))
+        feed = Feed(spread(data.train, spec.max_rows), rows_per_batch, pad)
+        found.append(_task(spec, name, feed, data.labels))
     common_labels(found)
     return tuple(found)
 
 
-def _task(spec: TaskSpec, name: str, rows: Rows, labels: tuple[str, ...] | None, *, pad: int, size: int) -> TaskData:
-    count = len(rows) if spec.max_rows is None else min(spec.max_rows, len(rows))
-    chosen = np.unique(np.linspace(0, len(rows) - 1, count).round().astype(int))
-    ordered = chosen[np.argsort(-rows.lengths[chosen], kind="stable")].tolist()
-    parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
-    batches = tuple(collate([rows[i] for i in part], pad_token_id=pad, task=rows.task) for part in parts)
-    key = f"{rows.fingerprint}:{spec.max_rows}:{spec.metric}:{labels}"
+def _task(spec: TaskSpec, name: str, feed: Feed, labels: tuple[str, ...] | None) -> TaskData:
+    rows = feed.rows
     return TaskData(
         name=name,
         metric=spec.metric,
-        batches=batches,
+        batches=tuple(feed.batch(indices) for indices in feed.batches),
         task=rows.task,
         labels=labels,
-        units=rows.num_units_of(ordered),
-        key=key,
+        units=int(rows.units.sum()),
+        key=f"{rows.fingerprint}:{spec.metric}:{labels}",
         packed=rows.packed,
         largest_token=rows.largest_token,
-        longest=int(rows.lengths[chosen].max(initial=0)),
+        longest=int(rows.lengths.max(initial=0)),
     )
 
 
@@ -178,32 +181,59 @@ def check_fit(model: Any, tasks: Sequence[TaskData], name: str) -> None:
 
 
 def score(model: nn.Module, task: TaskData, *, mixes: int = 1, select: Select | None = None) -> list[Scores]:
-    """Scores a model, or several mixes that it computes side by side.
+    """Scores a model, or several mixes that it computes side by side; see `batch_sums` and `scores_of_sums`."""
+    return scores_of_sums(task, batch_sums(model, task, mixes=mixes, select=select))
+
+
+def batch_sums(
+    model: nn.Module,
+    task: TaskData,
+    *,
+    mixes: int = 1,
+    select: Select | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Sums:
+    """What every batch adds to the scores of a model, or of several mixes that it computes side by side.
 
     Args:
         model: gives logits; of rows repeated for every mix, one mix after the other, where there are several.
         task: what it is scored on.
         mixes: how many.
         select: called before every batch with its number of rows.
+        share: this process and the number of all; each takes every so-many-th batch.
 
     Returns:
-        One set of scores per mix.
+        For each mix the summed loss and the number of right answers, by batch.
 
     Raises:
         EvaluateError: outputs that are no logits.
         NonFiniteError: the model computed NaN.
     """
-    sums = torch.zeros(mixes, 2, dtype=torch.float64)
-    for batch in task.batches:
+    rank, world = share
+    found: dict[int, list[tuple[float, float]]] = {}
+    for place in range(rank, len(task.batches), world):
+        batch = task.batches[place]
         repeated = {name: tensor.repeat(mixes, *[1] * (tensor.dim() - 1)) for name, tensor in batch.items()}
         if select is not None:
             select(len(batch["labels"]))
         loss, correct = _scored(model, task, repeated)
-        sums[:, 0] += loss.view(mixes, -1).sum(dim=1)
-        if correct is not None:
-            sums[:, 1] += correct.double().view(mixes, -1).sum(dim=1)
-    means = (sums / task.units).tolist()
-    return [_named(task, loss, accuracy) for loss, accuracy in means]
+        losses = loss.view(mixes, -1).sum(dim=1).tolist()
+        right = [0.0] * mixes if correct is None else correct.double().view(mixes, -1).sum(dim=1).tolist()
+        found[place] = list(zip(losses, right, strict=True))
+    return found
+
+
+def scores_of_sums(task: TaskData, sums: Sums) -> list[Scores]:
+    """The scores of every mix, added up batch by batch in order: whoever computed them, they are the same to the bit.
+
+    Args:
+        task: what was scored.
+        sums: of all of its batches.
+    """
+    totals = np.zeros_like(np.array(sums[0], dtype=np.float64))
+    for place in range(len(task.batches)):
+        totals += np.array(sums[place], dtype=np.float64)
+    return [_named(task, loss, accuracy) for loss, accuracy in (totals / task.units).tolist()]
 
 
 def _scored(model: nn.Module, task: TaskData, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -70,14 +70,14 @@ def test_a_reference_that_fails_is_said_and_left_out(
 ) -> None:
     from mergekit_bayes.preview.evaluators import Evaluations
 
-    scores = Evaluations._scores
+    found = Evaluations._found
 
-    def failing(self: Evaluations, method: object, mixes: object) -> object:
+    def failing(self: Evaluations, method: object, mixes: object, share: object) -> object:
         if getattr(method, "title", "") == "references[1]":
             raise ValueError("out of luck")
-        return scores(self, method, mixes)  # type: ignore[arg-type]
+        return found(self, method, mixes, share)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Evaluations, "_scores", failing)
+    monkeypatch.setattr(Evaluations, "_found", failing)
     content = recipe(references=references(trained)[:2], fidelity="evaluated", design=[[0.25, 0.75], [0.5, 0.5]])
     front = preview(content, tmp_path / "out", tables=TABLES).front
     assert front["references"]["runs"][1]["error"] == "ValueError: out of luck"

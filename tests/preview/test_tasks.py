@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mergekit_bayes.errors import EvaluateError
-from mergekit_bayes.preview.tasks import TaskData, check_fit
+from mergekit_bayes.preview.tasks import TaskData, batch_sums, check_fit, score, scores_of_sums
 
 
 def _task(*, largest_token: int = 47, longest: int = 32) -> TaskData:
@@ -42,3 +44,17 @@ def test_a_row_beyond_the_last_position_is_refused(model: GPT2LMHeadModel) -> No
 def test_a_token_beyond_the_vocabulary_is_refused(model: GPT2LMHeadModel) -> None:
     with pytest.raises(EvaluateError, match=r"task code: model base: the data holds token 48, the embedding has 48"):
         check_fit(model, [_task(largest_token=48)], "base")
+
+
+def test_shares_of_the_batches_make_the_scores_of_all_of_them(model: GPT2LMHeadModel) -> None:
+    draws = torch.randint(0, 48, (5, 2, 9), generator=torch.Generator().manual_seed(0))
+    batches = tuple({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in draws)
+    task = dataclasses.replace(_task(), batches=batches, units=5 * 2 * 8)
+    model.eval()
+    parts = [batch_sums(model, task, share=(rank, 3)) for rank in range(3)]
+    assert [sorted(part) for part in parts] == [[0, 3], [1, 4], [2]]
+    together = scores_of_sums(task, {place: each for part in reversed(parts) for place, each in part.items()})
+    assert together == score(model, task)
+    with torch.no_grad():
+        losses = [model(**batch).loss for batch in batches]
+    assert together[0]["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-6)
