@@ -11,12 +11,14 @@ import pytest
 
 from tests.evaluate import two_processes
 from tests.evaluate.runs import run
+from tests.harness_tasks import write_tasks
 
 
 @pytest.fixture(scope="module")
 def two(llama: Path, tuned: Path, bert: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """What two processes leave behind, and what they said."""
     folder = tmp_path_factory.mktemp("two")
+    write_tasks(folder / "tasks")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [*launch, two_processes.__file__, *map(str, (llama, tuned, bert, folder))],
@@ -41,7 +43,8 @@ def test_two_processes_find_what_one_finds(
     run(two_processes.language(llama, tuned), tmp_path / "language")
     run(two_processes.classes(bert), tmp_path / "classes")
     run(two_processes.questions(llama), tmp_path / "questions")
-    for name in ("language", "classes", "questions"):
+    run(two_processes.harness(llama, tuned, two[0] / "tasks"), tmp_path / "harness")
+    for name in ("language", "classes", "questions", "harness"):
         assert content(two[0] / name) == content(tmp_path / name)
     assert sorted(two[1].split("\n")) == ["", "interrupted", "interrupted", "no results", "results"]
 

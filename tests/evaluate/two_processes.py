@@ -31,6 +31,15 @@ def questions(llama: Path) -> dict[str, Any]:
     return recipe([llama], data="questions", task="multiple_choice")
 
 
+def harness(llama: Path, tuned: Path, tasks: Path) -> dict[str, Any]:
+    """A base and a merge in memory, which are put to three tasks of lm-eval-harness."""
+    source = {"model": str(tuned), "parameters": {"weight": 20.0}}
+    merge = {"merge_method": "task_arithmetic", "base_model": str(llama), "models": [source]}
+    spec = {"tasks": ["pick", "read", "continue"], "include_path": str(tasks), "limit": 4}
+    models = [str(llama), {"name": "merged", "merge": merge}]
+    return {"kind": "evaluate", "models": models, "lm_eval": spec}
+
+
 def main(llama: Path, tuned: Path, bert: Path, folder: Path) -> None:
     """Evaluate in both processes, without a folder too, and one that is cut short and goes on."""
     warnings.simplefilter("ignore")
@@ -38,6 +47,7 @@ def main(llama: Path, tuned: Path, bert: Path, folder: Path) -> None:
     run(language(llama, tuned), folder / "language")
     run(classes(bert), folder / "classes")
     run(questions(llama), folder / "questions")
+    run(harness(llama, tuned, folder / "tasks"), folder / "harness")
     alone = run(classes(bert)).results
     print("results" if alone else "no results", flush=True)
     computed = []
