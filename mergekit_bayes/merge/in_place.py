@@ -234,5 +234,11 @@ def _targets(model: nn.Module, plan: MergePlan, title: str) -> dict[str, nn.Para
                 f"{title}: {plain} shares its memory with another weight (a head tied to the embedding), and "
                 "the merge changes one of them only; such merges cannot be made in memory"
             )
+        if parameter.is_meta:
+            raise EvaluateError(
+                f"{title}: {plain} is offloaded, and a merge in memory needs every weight there; expected a device map "
+                "that keeps the model on devices, or a method whose mixes share a forward pass (task_arithmetic of "
+                "adapters), which leaves the base's weights alone"
+            )
         found[name] = parameter
     return found

@@ -91,7 +91,7 @@ def check_finite(model: torch.nn.Module, checkpoint: Checkpoint, *, quantised: b
 
     Args:
         model: as loaded; float16 may have overflowed what the file holds.
-        checkpoint: the file, which is read again where the model holds codes.
+        checkpoint: the file, which is read again where the model holds codes or left weights on disk.
         quantised: whether it does.
 
     Raises:
@@ -100,7 +100,7 @@ def check_finite(model: torch.nn.Module, checkpoint: Checkpoint, *, quantised: b
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             _refuse_non_finite(parameter.detach(), f"{shown(checkpoint.reference)}: {shown(name)}")
-    if not quantised:
+    if not quantised and not any(parameter.is_meta for parameter in model.parameters()):
         return
     with BlockReader() as reader:
         for info in checkpoint.tensors.values():

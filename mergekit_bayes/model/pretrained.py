@@ -33,6 +33,7 @@ class Loading:
         device: where it goes.
         pad_token_id: of its tokenizer.
         training_dtype: what training computes in, if that is not the type of the weights.
+        device_map: how Accelerate spreads the model over devices; None for `device` alone.
     """
 
     spec: ModelSpec
@@ -42,6 +43,7 @@ class Loading:
     device: torch.device
     pad_token_id: int
     training_dtype: torch.dtype | None = None
+    device_map: str | Mapping[str, str | int] | None = None
 
     @property
     def quantised(self) -> bool:
@@ -107,7 +109,7 @@ def _from_pretrained(loading: Loading) -> tuple[Any, Mapping[str, Any]]:
             dtype=loading.dtype,
             attn_implementation=spec.attn_implementation,
             quantization_config=_codes(loading, model_class, config) if loading.quantised else None,
-            device_map={"": loading.device} if loading.quantised or loading.device.type != "cpu" else None,
+            device_map=_device_map(loading),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -117,6 +119,12 @@ def _from_pretrained(loading: Loading) -> tuple[Any, Mapping[str, Any]]:
     except FAILURES as error:
         raise failure(f"{loading.where}: transformers cannot load it", error) from error
     return model, report
+
+
+def _device_map(loading: Loading) -> Any:
+    if loading.device_map is not None:
+        return loading.device_map if isinstance(loading.device_map, str) else dict(loading.device_map)
+    return {"": loading.device} if loading.quantised or loading.device.type != "cpu" else None
 
 
 def _configuration(loading: Loading) -> Any:

@@ -48,8 +48,12 @@ def labels_of(batch: Batch) -> tuple[Batch, Tensor | None]:
 
 
 def to_device(batch: Any, model: nn.Module) -> Any:
-    """Returns a batch with its tensors on the device of the model's first parameter."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    """Returns a batch with its tensors on the device of the model's first parameter that has one.
+
+    Weights that Accelerate offloads have none; it moves inputs to where a layer computes.
+    """
+    places = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    device = next(places, torch.device("cpu"))
     if isinstance(batch, Mapping):
         return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     return batch.to(device) if isinstance(batch, Tensor) else batch

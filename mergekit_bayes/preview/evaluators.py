@@ -104,11 +104,17 @@ def load_ground(
         labels=common_labels(tasks),
         device=device,
         pad_token_id=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        device_map=spec.device_map if isinstance(spec.device_map, str | None) else _devices(spec.device_map),
     )
     model, _ = load_pretrained(loading)
     check_fit(model, tasks, recipe.base_model)
     dtype = getattr(torch, spec.dtype)
     return Ground(model.eval().requires_grad_(False), tasks, device, dtype)
+
+
+def _devices(asked: Mapping[str, str]) -> dict[str, str | int]:
+    """A device for every part of a model; numbers are those of accelerators."""
+    return {part: int(device) if device.isdigit() else device for part, device in asked.items()}
 
 
 def _device(asked: str | None, local_rank: int) -> torch.device:
@@ -220,7 +226,7 @@ class Evaluations:
         ground = self.ground
         ready: StackedAdapters | InPlace
         if self._stackable(method):
-            ready = StackedAdapters(ground.model, method, dtype=ground.dtype, device=ground.device)
+            ready = StackedAdapters(ground.model, method, dtype=ground.dtype)
             self._stack.enter_context(ready.attached())
         else:
             merge = InPlace(ground.model, method.plan, title=method.title, max_memory=self.max_memory)

@@ -107,6 +107,9 @@ def preview(
     check_page(loaded)
     folder = PreviewFolder(Path(target), overwrite=overwrite)
     processes = Processes.from_environment()
+    if processes.count > 1 and loaded.evaluation.device_map is not None:
+        hint = f"spreads a model over the devices of one process, and there are {processes.count}; start one process."
+        raise RecipeError(loaded.describe(("evaluation", "device_map"), hint))
     if processes.leader:
         folder.check()
     plans = plan_methods(loaded, places)

@@ -82,11 +82,10 @@ class StackedAdapters:
     Args:
         model: the base, which is only looked at.
         method: a method for which `can_stack` holds.
-        dtype: what factors compute in.
-        device: where they are.
+        dtype: what factors compute in; each is where its layer computes.
     """
 
-    def __init__(self, model: nn.Module, method: MethodPlan, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, method: MethodPlan, *, dtype: torch.dtype) -> None:
         self.model, self.method = model, method
         labels = sorted(source.label for source in method.plan.sources)
         places = [[source.label for source in method.plan.sources].index(label) for label in labels]
@@ -95,6 +94,8 @@ class StackedAdapters:
             operands = OperandReader(reader, torch.float32, "cpu")
             for step in method.plan.steps:
                 assert isinstance(step, ModuleStep)  # this is what `can_stack` says
+                layer = model.get_submodule(step.name)
+                device = _device_of(layer)
                 pairs = [
                     (operands.factors(source.low_rank), place)
                     for source, place in zip(step.sources, places, strict=True)
@@ -103,7 +104,7 @@ class StackedAdapters:
                 a = torch.cat([factors.a for factors, _ in pairs]).to(device, dtype)
                 b = torch.cat([factors.b for factors, _ in pairs], dim=1).to(device, dtype)
                 owner = torch.cat([torch.full((len(factors.a),), place) for factors, place in pairs]).to(device)
-                self._layers[step.name] = _Layer(model.get_submodule(step.name), a, b, owner)
+                self._layers[step.name] = _Layer(layer, a, b, owner)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -118,11 +119,18 @@ class StackedAdapters:
 
     def choose(self, mixes: Sequence[Mix], rows: int) -> None:
         """Says what the next batch holds: so many rows of every mix, one mix after the other."""
-        some = next(iter(self._layers.values()))
         weights = torch.tensor([self.method.effective(mix) for mix in mixes], dtype=torch.float64)
-        by_row = weights.to(some.a.device, some.a.dtype).repeat_interleave(rows, dim=0)
+        by_row = weights.repeat_interleave(rows, dim=0)
+        places = {layer.a.device: by_row.to(layer.a.device, layer.a.dtype) for layer in self._layers.values()}
         for layer in self._layers.values():
-            layer.diagonal = by_row[:, layer.owner]
+            layer.diagonal = places[layer.a.device][:, layer.owner]
+
+
+def _device_of(layer: Any) -> torch.device:
+    """Where a layer computes: where its weights are, or where Accelerate brings those that it offloads."""
+    hook = getattr(layer, "_hf_hook", None)
+    place = getattr(hook, "execution_device", None) if layer.weight.is_meta else layer.weight.device
+    return torch.device("cpu" if place is None else place)
 
 
 def _replace(model: nn.Module, name: str, module: Any) -> None:

@@ -58,6 +58,18 @@ _scale = field.optional(field.choice("sum", "mean"))
 _fidelity = field.choice("surrogate", "fitted", "evaluated", also={"evaluate": "evaluated", "fit": "fitted"})
 
 
+_spread = field.choice("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _device_map(value: object) -> str | Entries[str] | None:
+    if not isinstance(value, Mapping):
+        return None if value is None else _spread(value)
+    named = {
+        key: str(each) if isinstance(each, int) and not isinstance(each, bool) else each for key, each in value.items()
+    }
+    return field.entries(field.text)(named)
+
+
 def _parameters(value: object) -> Parameters:
     return parse_parameters(value, None, per_source=False)
 
@@ -182,6 +194,8 @@ class EvaluationSpec(Spec):
         mixes_per_batch: mixes that share a forward pass, where the method and the sources allow it.
         dtype: what models compute in.
         device: where; None for the accelerator of this process if there is one.
+        device_map: for a model that is too large for one device, how Accelerate spreads it over those of one process:
+            `auto`, `balanced`, `balanced_low_0`, `sequential`, or a device (also `cpu`, `disk`) for each part of it.
         max_memory: bytes of sources kept in memory for merges between evaluations; beyond it they are read again.
     """
 
@@ -192,6 +206,7 @@ class EvaluationSpec(Spec):
     mixes_per_batch: Annotated[int, checked(field.integer(1, 1024))] = 4
     dtype: Annotated[TrainingDType, checked(field.choice("bfloat16", "float16", "float32"))] = "float32"
     device: Annotated[str | None, checked(field.optional(field.text))] = None
+    device_map: Annotated[str | Entries[str] | None, checked(_device_map)] = None
     max_memory: Annotated[int, checked(field.size)] = 4 * 10**9
 
 

@@ -31,8 +31,15 @@ def check_preview(data: _Data, methods: Sequence[MethodSchema]) -> tuple[Preview
     """
     recipe, problems = validate(PreviewRecipe, data, _WORDING)
     problems += [*_method_problems(data, methods), *_weights_given(data), *_task_problems(data)]
+    problems += _place_problems(data)
     problems += [*design_problems(data.get("design"), len(_list(data, "models")) or None), *_reference_problems(data)]
     return recipe, list(dict.fromkeys(problems))
+
+
+def _place_problems(data: _Data) -> Iterator[Problem]:
+    evaluation = data.get("evaluation")
+    if isinstance(evaluation, Mapping) and evaluation.get("device") and evaluation.get("device_map"):
+        yield Problem(("evaluation", "device"), "one device beside `device_map`; keep one of them.", at_key=True)
 
 
 def _list(data: _Data, name: str) -> Sequence[object]:

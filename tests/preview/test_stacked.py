@@ -31,7 +31,7 @@ def test_rows_of_several_mixes_give_the_logits_of_merged_models(recipe: Recipes,
     base = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     before = {name: (id(p), p.clone()) for name, p in base.named_parameters()}
     ids = torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(0))
-    stacked = StackedAdapters(base, method, dtype=torch.float32, device=torch.device("cpu"))
+    stacked = StackedAdapters(base, method, dtype=torch.float32)
     with torch.no_grad(), stacked.attached():
         stacked.choose(MIXES, rows=2)
         together = base(input_ids=ids.repeat(len(MIXES), 1)).logits.view(len(MIXES), 2, 9, -1)
@@ -63,7 +63,7 @@ def test_inputs_that_have_lost_their_rows_are_refused(recipe: Recipes, llama: Pa
     import transformers
 
     base = transformers.AutoModelForCausalLM.from_pretrained(llama).eval()
-    stacked = StackedAdapters(base, planned(recipe)[1], dtype=torch.float32, device=torch.device("cpu"))
+    stacked = StackedAdapters(base, planned(recipe)[1], dtype=torch.float32)
     with torch.no_grad(), stacked.attached():
         stacked.choose(MIXES, rows=2)
         with pytest.raises(EvaluateError, match="mixes can only share a forward pass"):
