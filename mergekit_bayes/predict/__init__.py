@@ -10,6 +10,7 @@ Works on any model in memory together with precisions: a sidecar, its folder, or
     tokens.py        predict_next_tokens: the same for language models
     choices.py       predict_choices: of the choices of a question, by a language model; all three with
                      batches.py (what goes in), draws.py (which weights) and average.py (of probabilities)
+    harness.py       tasks of lm-eval-harness, on the weights that the model has
     temperature.py   choose_temperature: how wide to sample, by validation data
     pruning.py       prune_posterior: zero where the mean is small beside its uncertainty; smallest.py finds where
     scores.py        accuracy, nll, brier, ece, accuracy at coverage

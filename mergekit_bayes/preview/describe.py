@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergekit_bayes.errors import MergekitBayesError
+from mergekit_bayes.predict.harness import check_installed
 from mergekit_bayes.preview.designs import design_size
 from mergekit_bayes.preview.page import check_page
 from mergekit_bayes.preview.plans import MethodPlan, curvature_plan, plan_methods, plan_references
@@ -17,10 +18,13 @@ def describe(recipe: PreviewRecipe, recipe_dir: Path | None = None) -> str:
     """The plan of a preview, for a terminal.
 
     Raises:
-        RecipeError: something that the recipe asks for is not installed.
+        RecipeError: plotly, which the recipe asks for, is not installed.
+        EvaluateError: nor is lm-eval-harness.
         PlanError: recipe and sources do not fit; every problem at once.
     """
     check_page(recipe)
+    if any(task.lm_eval is not None for task in recipe.tasks):
+        check_installed()
     folder = recipe.folder if recipe_dir is None else recipe_dir
     plans = plan_methods(recipe, folder)
     references = len(plan_references(recipe, folder))

@@ -152,6 +152,19 @@ def test_the_plan(llama: Path, tasks: Path) -> None:
     assert f"lm_eval pick, read; limit 5; task files in {tasks}\n" in describe(loaded)
 
 
+def test_without_rows_there_is_no_loss_to_compare(llama: Path, tuned: Path, tasks: Path, tmp_path: Path) -> None:
+    from mergekit_bayes.evaluate.measured import compare_with
+    from mergekit_bayes.merge.diagnosis import read_diagnosis
+
+    source = {"model": str(tuned), "parameters": {"weight": 1.0}}
+    content = {"merge_method": "posterior", "base_model": str(llama), "models": [source], "space": "full"}
+    merge({**content, "precision": {"prior": 1.0}}, tmp_path / "merged")
+    spec = {"tasks": "pick", "include_path": str(tasks), "limit": 2}
+    run({"kind": "evaluate", "models": str(tmp_path / "merged"), "lm_eval": spec}, tmp_path / "out")
+    with pytest.raises(EvaluateError, match="has no loss of"):
+        compare_with(read_diagnosis(tmp_path / "merged"), tmp_path / "out")
+
+
 def test_recipes() -> None:
     short = load_recipe({"models": ["a"], "kind": "evaluate", "lm_eval": ["x", "y"]}, expect=EvaluateRecipe)
     assert short.lm_eval == HarnessSpec(tasks=("x", "y"))
