@@ -76,6 +76,12 @@ PAGES = (
         ),
     ),
     Page(
+        "adaptive",
+        "does a preview that adapts find more of a front than one laid down beforehand?",
+        minutes=30,
+        commands=("python -m evaluation.adaptive.study FOLDER",),
+    ),
+    Page(
         "gradient_matching",
         "does gradient matching need no tuning, and do IVON's precisions serve it as well?",
         minutes=12,
