@@ -15,6 +15,12 @@ from mergekit_bayes.recipe.evaluate import METRICS
 from tests.model.builders import minilm
 
 ROOT = Path(__file__).parents[2]
+_SHORT_TEXT = "def merge(mean, precision):\n    return mean * precision\n" * 20
+_SHORT_QUESTIONS = "".join(
+    json.dumps({"question": f"def merge(mean_{n}):", "choices": ["    return mean", "import os", "#"], "answer": n % 3})
+    + "\n"
+    for n in range(6)
+)
 RECIPES = sorted((ROOT / "recipes" / "evaluate").rglob("*.yaml"))
 NAMES = [f"{path.parent.name}/{path.stem}" for path in RECIPES]
 
@@ -53,9 +59,9 @@ def _changes(path: Path, folder: Path) -> dict[str, object]:
     """What makes a recipe small enough for a test."""
     common: dict[str, object] = {"intervals.resamples": 100}
     if path.parent.name == "stdlib_lm":
-        text = folder / "short.txt"
-        text.write_text("def merge(mean, precision):\n    return mean * precision\n" * 20, encoding="utf-8")
         recipe = load_recipe(path, expect=EvaluateRecipe)
+        text = folder / ("short.txt" if recipe.task is None else "short.jsonl")
+        text.write_text(_SHORT_TEXT if recipe.task is None else _SHORT_QUESTIONS, encoding="utf-8")
         assert recipe.data is not None
         sets = recipe.data.eval
         common |= {} if recipe.lm_eval is None else {"lm_eval.limit": 3}
@@ -78,4 +84,4 @@ def test_evaluates(path: Path, tmp_path: Path) -> None:
         metric.partition("@")[0] for scores in results["scores"].values() for own in scores.values() for metric in own
     }
     assert found == set(METRICS[results["task"]])
-    assert (tmp_path / "out" / "reliability.png").exists() == (results["task"] == "sequence_classification")
+    assert (tmp_path / "out" / "reliability.png").exists() == (results["task"] != "causal_lm")
