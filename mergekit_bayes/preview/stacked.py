@@ -4,7 +4,8 @@ Where adapters are merged by scalar weights, every mix is the same stack of fact
 
     y = W x + B diag(c_mix) A x ,     A = [A_1; A_2; ...], B = [s_1 B_1, s_2 B_2, ...] ,
 
-so a batch may hold rows of many mixes, each row with its own diagonal.
+so a batch may hold rows of many mixes, each row with its own diagonal. The first layers see the same inputs for every
+mix, as their embeddings are the same: there W x and A x are computed once for all of them.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class _Layer(nn.Module):
         self.base = base
         self.a, self.b_transposed, self.owner = a, b.T.contiguous(), owner
         self.diagonal = torch.empty(0)  # (rows, stacked rank), set before every forward pass
+        self.mixes = 1  # that the rows are of, one mix after the other
+        self._early: bool | None = (
+            None  # whether its inputs were the same for all mixes, the first time there were several
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, each row with its own mix."""
@@ -66,14 +71,29 @@ class _Layer(nn.Module):
                 f"a layer was given an input of shape {tuple(x.shape)} for {rows} rows; mixes can only share a forward "
                 "pass where every layer sees rows first; set evaluation.mixes_per_batch: 1"
             )
-        y: Tensor = self.base(x)
+        times = self.mixes if self._alike(x) else 1
+        seen = x[: rows // times]
+        copies = (times, *[1] * (x.dim() - 1))
+        y: Tensor = self.base(seen)
+        y = y.repeat(copies) if times > 1 else y
         scale = self.diagonal if x.dim() == 2 else self.diagonal[:, None]
-        inner = nn.functional.linear(x.to(self.a.dtype), self.a).mul_(scale)
+        inner = nn.functional.linear(seen.to(self.a.dtype), self.a)
+        inner = inner.repeat(copies).mul_(scale) if times > 1 else inner.mul_(scale)
         flat = y.view(-1, y.shape[-1])
         if flat.dtype == inner.dtype:
             flat.addmm_(inner.flatten(0, -2), self.b_transposed)
             return y
         return y + (inner @ self.b_transposed).to(y.dtype)
+
+    def _alike(self, x: Tensor) -> bool:
+        """Whether all mixes have the same inputs; looked at again only where they had before."""
+        if self.mixes == 1 or self._early is False:
+            return False
+        first, *others = x.chunk(self.mixes)
+        alike = all(torch.equal(first, other) for other in others)
+        if self._early is None:
+            self._early = alike
+        return alike
 
 
 class StackedAdapters:
@@ -123,7 +143,7 @@ class StackedAdapters:
         by_row = weights.repeat_interleave(rows, dim=0)
         places = {layer.a.device: by_row.to(layer.a.device, layer.a.dtype) for layer in self._layers.values()}
         for layer in self._layers.values():
-            layer.diagonal = places[layer.a.device][:, layer.owner]
+            layer.diagonal, layer.mixes = places[layer.a.device][:, layer.owner], len(mixes)
 
 
 def _device_of(layer: Any) -> torch.device:

@@ -48,6 +48,31 @@ def test_rows_of_several_mixes_give_the_logits_of_merged_models(recipe: Recipes,
             assert torch.allclose(logits, model.eval()(input_ids=ids).logits, atol=1e-5)
 
 
+def test_what_is_the_same_for_every_mix_is_computed_once(recipe: Recipes, llama: Path) -> None:
+    """The layers behind the embedding and its norm, and no others; also where the first batch was of one mix."""
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
+    stacked = StackedAdapters(base, planned(recipe)[1], dtype=torch.float32)
+    seen: dict[str, list[int]] = {}
+    for name, layer in stacked._layers.items():
+        layer.base.register_forward_hook(
+            lambda _module, inputs, _output, name=name: seen.setdefault(name, []).append(len(inputs[0]))
+        )
+    ids = torch.randint(0, 48, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), stacked.attached():
+        for mixes in (MIXES[:1], MIXES, MIXES[:2]):
+            stacked.choose(mixes, rows=2)
+            base(input_ids=ids.repeat(len(mixes), 1))
+        stacked.choose(MIXES, rows=2)
+        other = torch.randint(0, 48, (8, 9), generator=torch.Generator().manual_seed(1))
+        base(input_ids=other)  # rows that only look like those of several mixes
+    first = {name: counts for name, counts in seen.items() if "layers.0.self_attn" in name and "o_proj" not in name}
+    assert first
+    assert all(counts == [2, 2, 2, 8] for counts in first.values())
+    assert all(counts == [2, 8, 4, 8] for name, counts in seen.items() if name not in first)
+
+
 def test_what_can_be_stacked(recipe: Recipes, llama: Path) -> None:
     import transformers
 
