@@ -259,8 +259,11 @@ class EvaluateRecipe(Recipe):
     output: Annotated[EvaluateOutputSpec, BeforeValidator(empty_if_nothing)] = Field(default_factory=EvaluateOutputSpec)
 
     def without_effect(self) -> frozenset[str]:
-        """What is about rows, where there are none."""
-        return frozenset() if self.data is not None else frozenset(OF_ROWS)
+        """What is about rows, where there are none; `coverage` where nobody asks for it."""
+        if self.data is None:
+            return frozenset(OF_ROWS)
+        asked = self.metrics is None or "selective_accuracy" in self.metrics
+        return frozenset() if asked else frozenset({"coverage"})
 
     def samples_of(self, model: EvaluatedSpec) -> SamplesSpec | None:
         """The samples of one model; None for its mean alone."""

@@ -55,6 +55,18 @@ def test_a_recipe(command: Command, site: Path) -> None:
     assert (again.code, again.out, again.err) == (0, "", "")
 
 
+def test_questions(command: Command, site: Path) -> None:
+    asked = [{"question": "w1 w2", "choices": ["w3", "w4 w5"], "answer": letter} for letter in "ABA"]
+    (site / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    done = command("evaluate", "base", "--data", "asked.jsonl", "--task", "multiple_choice")
+    assert done.code == 0, done.err
+    assert "asked: 3 rows" in done.out
+    assert "accuracy per byte" in done.out
+    done = command("evaluate", "base", "--data", "asked.jsonl")
+    assert done.code == 2
+    assert "multiple-choice questions are evaluated with `task: multiple_choice`" in done.err
+
+
 def test_the_recipe_in_the_output_is_the_same_one(command: Command, site: Path) -> None:
     assert command("r.yaml", "-q").code == 0
     assert command("scores/evaluate_recipe.yaml", "again", "-q").code == 0

@@ -55,6 +55,8 @@ def test_a_resolved_recipe_reads_back() -> None:
         coverage=[0.9, 0.5],
     )
     assert load_recipe(recipe.resolved(), expect=EvaluateRecipe) == recipe
+    some = load(metrics=["loss"])
+    assert load_recipe(some.resolved(), expect=EvaluateRecipe) == some
     merge = {"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 0.5}}]}
     merged = load(models=["base", {"merge": "merge.yaml"}, {"name": "mine", "merge": merge, "samples": False}])
     assert load_recipe(merged.resolved(), expect=EvaluateRecipe) == merged
