@@ -96,6 +96,11 @@ class Adapter:
     revision: str | None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def scalings(self) -> dict[str, float]:
+        """s of every module, which its configuration decides and no tensor shows."""
+        return {name: module.scaling for name, module in self.modules.items()}
+
     @staticmethod
     def base_tensor(module: str) -> str:
         """Returns the name of the base tensor that a module's update changes."""

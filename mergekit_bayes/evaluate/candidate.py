@@ -138,7 +138,9 @@ class Stored(Candidate):
     def identity(self) -> Mapping[str, object]:
         """What its numbers depend on."""
         sidecar = None if self.sidecar is None else fingerprint(open_sidecar(self.sidecar).tensors)
-        return {"base": self.trained.identity.fingerprint, "model": self.fingerprint, "precision": sidecar}
+        found = {"base": self.trained.identity.fingerprint, "model": self.fingerprint, "precision": sidecar}
+        adapter = self.trained.adapter
+        return found if adapter is None else {**found, "scalings": adapter.scalings}
 
     @property
     def fingerprint(self) -> str:

@@ -222,4 +222,4 @@ def _identities(source: Input) -> Iterator[object]:
         yield None if part is None else fingerprint(part.tensors)
     yield source.scalar_precision
     if source.adapter is not None:
-        yield {name: module.scaling for name, module in source.adapter.modules.items()}
+        yield source.adapter.scalings

@@ -130,6 +130,7 @@ class MergePlan:
             "recipe": self.recipe.model_copy(update={"output": anywhere}).resolved(),
             "files": stamps,
             "fingerprints": [source.fingerprint for source in self.inputs],
+            "scalings": [None if source.adapter is None else source.adapter.scalings for source in self.inputs],
         }
         return hashlib.blake2b(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 

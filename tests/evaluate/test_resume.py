@@ -87,6 +87,21 @@ def test_numbers_of_other_weights_are_not_used(
     assert (after != before, blocks.computed) == (True, 2 * computed)
 
 
+def test_numbers_of_an_adapter_at_another_scaling_are_not_used(tuned: Path, tmp_path: Path, blocks: Blocks) -> None:
+    """The scaling stands in the configuration of an adapter alone; its tensors are the same."""
+    import shutil
+
+    shutil.copytree(tuned, tmp_path / "model", ignore=shutil.ignore_patterns("precision*"))
+    asked = recipe([{"model": str(tmp_path / "model"), "name": "model"}])
+    before = run(asked, tmp_path / "out").value("model", "texts", "loss")
+    path = tmp_path / "model" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "lora_alpha": 8 * config["lora_alpha"]}))
+    computed = blocks.computed
+    after = run(asked, tmp_path / "out", overwrite=True).value("model", "texts", "loss")
+    assert (after != before, blocks.computed) == (True, 2 * computed)
+
+
 @pytest.mark.parametrize("error", [NonFiniteError("NaN"), OutputError("no space left")])
 def test_what_was_finished_is_kept_after_a_failure(
     llama: Path, tmp_path: Path, blocks: Blocks, error: Exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -242,6 +243,15 @@ def test_the_job_changes_with_everything_that_decides_bytes_and_nothing_else(tmp
     file.write_bytes(values)
     jobs.append(plan_merge(recipe(tmp_path, precision=prior)).job)
     assert len({job, *jobs}) == len(jobs) + 1
+
+
+def test_the_job_changes_with_the_scaling_of_an_adapter(tmp_path: Path) -> None:
+    """Which stands in its configuration alone: no tensor shows it."""
+    plan = factor(tmp_path)
+    path = Path(plan.sources[0].label) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
+    assert plan_merge(plan.recipe).job != plan.job
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
