@@ -98,7 +98,7 @@ class Adapter:
 
     @property
     def scalings(self) -> dict[str, float]:
-        """s of every module, which its configuration decides and no tensor shows."""
+        """Of every module, by name: its configuration decides them, and no tensor shows them."""
         return {name: module.scaling for name, module in self.modules.items()}
 
     @staticmethod
