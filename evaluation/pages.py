@@ -158,6 +158,15 @@ PAGES = (
         ),
     ),
     Page(
+        "speed/kronecker",
+        "what does a merge under Kronecker posteriors cost per layer, and how exact is it?",
+        minutes=12,
+        commands=(
+            "OMP_NUM_THREADS=1 python -m evaluation.speed.kronecker --sizes 64x64 256x256 768x768 1536x1536"
+            " --repeats 3",
+        ),
+    ),
+    Page(
         "speed/preview",
         "what do many mixes cost beside one adapter model at a time?",
         minutes=5,
