@@ -10,11 +10,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from mergekit_bayes.errors import PeerError
 
 T = TypeVar("T")
+
+_PATIENCE = timedelta(days=30)
 
 
 @dataclass
@@ -49,7 +52,8 @@ class Processes:
 
         started = not dist.is_initialized()
         if started:
-            dist.init_process_group("gloo")
+            # one may wait for hours for what another is at; one that dies closes its connection, which is heard of at once
+            dist.init_process_group("gloo", timeout=_PATIENCE)
         failure: BaseException | None = None
         try:
             yield
@@ -87,7 +91,13 @@ class Processes:
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, (None if failure is None else str(failure) or type(failure).__name__, value))
+        try:
+            dist.all_gather_object(found, (None if failure is None else str(failure) or type(failure).__name__, value))
+        except RuntimeError as error:
+            if failure is not None:
+                return []  # what failed here matters more
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise PeerError(f"process {self.rank} of {self.count}: another process is gone: {lines[0]}") from error
         failed = [(rank, text) for rank, (text, _) in enumerate(found) if text is not None]
         if failed and failure is None:
             raise PeerError(f"process {failed[0][0]} of {self.count} failed: {failed[0][1]}")

@@ -148,6 +148,11 @@ class Evaluations:
     def __exit__(self, *_: Any) -> None:
         self._leave()
 
+    @property
+    def splits_rows(self) -> bool:
+        """Whether processes can share the rows of a mix: scores of your own look at a model as a whole."""
+        return not self.evaluators
+
     def together(self, method: MethodPlan) -> int:
         """How many mixes of a method share a forward pass."""
         return self.mixes_per_batch if self._stackable(method) else 1
@@ -169,8 +174,8 @@ class Evaluations:
         Args:
             method: of the mixes.
             mixes: not more than `together` says.
-            processes: all of which call this, and split the rows of every task; the scores are those of one process to
-                the bit.
+            processes: all of which call this, and split the rows of every task, where `splits_rows` says so; the scores
+                are those of one process to the bit.
         """
         began, error = time.monotonic(), None
         found: dict[str, Sums | float] = {}
@@ -189,7 +194,7 @@ class Evaluations:
         return [Evaluated({}, seconds, failed)]
 
     def _found(self, method: MethodPlan, mixes: Sequence[Mix], share: tuple[int, int]) -> dict[str, Sums | float]:
-        """What this process adds to the scores of every task; scores of your own are left to the first one."""
+        """What this process adds to the scores of every task."""
         ready, select = self._prepared(method), None
         if isinstance(ready, InPlace):
             (mix,) = mixes
@@ -201,7 +206,7 @@ class Evaluations:
             own = self.evaluators.get(task.name)
             if own is None:
                 found[task.name] = batch_sums(self.ground.model, task, mixes=len(mixes), select=select, share=share)
-            elif share[0] == 0:
+            else:
                 found[task.name] = float(own(self.ground.model))
         return found
 
@@ -209,8 +214,8 @@ class Evaluations:
         """The scores of every mix, from what all processes have."""
         found: list[dict[str, Scores]] = [{} for _ in range(count)]
         for task in self.ground.tasks:
-            parts = [share[task.name] for share in shares if task.name in share]
-            if task.name in self.evaluators:
+            parts = [share[task.name] for share in shares]
+            if task.name in self.evaluators:  # of one process and one mix
                 found[0][task.name] = {task.metric: float(cast("float", parts[0]))}
                 continue
             sums = {place: each for part in parts for place, each in cast("Sums", part).items()}

@@ -107,7 +107,7 @@ def run_groups(
     """Evaluates what is not in the cache, and puts it there; every process calls this with the same groups.
 
     Groups are dealt to the processes as long as there is one for each of them. What is left over, such as a few mixes
-    on many devices, is evaluated by all of them together, each on its share of the rows.
+    on many devices, is evaluated by all of them together, each on its share of the rows, if rows can be shared.
 
     Args:
         groups: in order.
@@ -125,7 +125,7 @@ def run_groups(
     todo = _missing(groups, cache, processes)
     if len(todo) < len(groups):
         report(sum(len(group.mixes) for group in groups) - sum(len(group.mixes) for group in todo))
-    dealt = len(todo) - len(todo) % processes.count
+    dealt = len(todo) - (len(todo) % processes.count if evaluations.splits_rows else 0)
     for group in todo[processes.rank : dealt : processes.count]:
         if wanted(group):
             found = evaluations.evaluate(group.method, group.mixes)
