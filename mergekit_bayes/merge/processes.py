@@ -52,7 +52,7 @@ class Processes:
 
         started = not dist.is_initialized()
         if started:
-            # one may wait for hours for what another is at; one that dies closes its connection, which is heard of at once
+            # one may wait for hours for what another is at; of one that dies all hear at once: its connection closes
             dist.init_process_group("gloo", timeout=_PATIENCE)
         failure: BaseException | None = None
         try:
