@@ -26,6 +26,20 @@ hypothesis.settings.load_profile("repository")
 TinyCheckpoints = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: begun last, it would leave all other processes without work."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))
+
+
+@pytest.fixture
+def untraced_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that a test starts are not measured by coverage.
+
+    Tracing makes the import of peft two fifths longer. For tests whose programs run nothing that others do not.
+    """
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoints:
     """`tiny_checkpoint("llama", seed=1, drift=0.01, dtype="bfloat16", max_shard_size="8KB")` -> folder.

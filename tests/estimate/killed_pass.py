@@ -1,4 +1,7 @@
-"""A pass that kills its own process before a batch. Started by the tests."""
+"""Passes that kill their own process before a batch: run as `killed_pass.py MODEL ADAPTER FOLDER MOMENT...`.
+
+A process of its own, so that it can fork one victim per moment after importing everything once.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from mergekit_bayes.estimate import passes
 from mergekit_bayes.estimate.folder import SidecarFolder
 from mergekit_bayes.estimate.rows import Feed
 from tests.estimate.runs import recipe, run
+from tests.finetune.killed import in_child
 
 
 def main(llama: Path, adapter: Path, out: Path, moment: str) -> None:
@@ -40,4 +45,9 @@ def main(llama: Path, adapter: Path, out: Path, moment: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:4]), sys.argv[4])
+    import peft  # noqa: F401 - once, for all victims
+    import transformers  # noqa: F401
+
+    model, adapter, folder = (Path(argument) for argument in sys.argv[1:4])
+    for moment in sys.argv[4:]:
+        print(moment, in_child(partial(main, model, adapter, folder / moment, moment)), flush=True)

@@ -22,23 +22,32 @@ def test_removes_long_paragraphs_wherever_they_recur(example):
     assert kept == {"one": "before\n\nafter", "three": "intro"}
 
 
+@pytest.fixture(scope="module")
+def splits(example):
+    """Every domain's split, and the paragraphs of all text that any model was trained on."""
+    from corpus import DOMAINS as ALL
+    from corpus import read_other_code, split_domain, without_paragraphs_of
+
+    found = {name: split_domain(name) for name in ALL}
+    held_out = [text for split in found.values() for text in split.held_out.values()]
+    training = [text for split in found.values() for text in split.train.values()]
+    training += without_paragraphs_of(held_out, read_other_code()).values()
+    return found, set().union(*map(_paragraphs, training))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("domain", DOMAINS)
-def test_held_out_text_is_not_in_any_training_text(example, domain):
-    from corpus import DOMAINS as ALL
-    from corpus import join, read_other_code, split_domain, without_paragraphs_of
+def test_held_out_text_is_not_in_any_training_text(example, splits, domain):
+    from corpus import join
 
-    splits = {name: split_domain(name) for name in ALL}
-    held_out = [text for split in splits.values() for text in split.held_out.values()]
+    found, seen = splits
     committed = (example / "held_out" / f"{domain}.txt").read_text(encoding="utf-8")
-    if join(splits[domain].held_out) != committed:
+    if join(found[domain].held_out) != committed:
         pytest.skip("this Python's standard library is not the one the artefacts were made from")
-    training = [text for split in splits.values() for text in split.train.values()]
-    training += without_paragraphs_of(held_out, read_other_code()).values()
     long = {paragraph for paragraph in _paragraphs(committed.replace("<|endoftext|>", "\n\n")) if len(paragraph) >= 60}
     assert len(long) > 50
-    assert not long.intersection(*[set().union(*map(_paragraphs, training))])
-    assert not splits[domain].train.keys() & splits[domain].held_out.keys()
+    assert not long & seen
+    assert not found[domain].train.keys() & found[domain].held_out.keys()
 
 
 def test_split_is_deterministic(example):
