@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     import torch
 
     from mergekit_bayes.checkpoint.header import TensorInfo
+    from mergekit_bayes.checkpoint.reader import BlockReader
     from mergekit_bayes.checkpoint.sidecar import Sidecar
+    from mergekit_bayes.posterior import Term
 
 INPUT_FACTOR, OUTPUT_FACTOR, EIGENVALUES = "input_factor", "output_factor", "eigenvalues"
 PARTS = (INPUT_FACTOR, OUTPUT_FACTOR, EIGENVALUES)
@@ -69,6 +71,32 @@ def kronecker_tensors(sidecar: Sidecar, weight: str) -> KroneckerTensors | None:
         return None
     parts = [sidecar.tensors.get(f"{weight}.{part}") for part in PARTS]
     return None if parts[0] is None else KroneckerTensors(parts[0], parts[1], parts[2])
+
+
+def read_terms(
+    factors: KroneckerTensors, reader: BlockReader, *, dtype: torch.dtype, device: torch.device | str
+) -> list[Term]:
+    """Reads the terms of one weight, checked.
+
+    Args:
+        factors: where they lie.
+        reader: the open input files.
+        dtype: what they become.
+        device: where they go.
+
+    Raises:
+        NumericalError: a factor is not finite or not symmetric, or a curvature is negative.
+    """
+    from mergekit_bayes.posterior import Term
+
+    parts = []
+    for part, tensor in zip(PARTS, factors, strict=True):
+        values = None if tensor is None else reader.read_tensor(tensor)
+        if values is not None and tensor is not None:
+            check_factor(tensor.name, part, values, basis=factors.eigenvalues is not None)
+            values = values.to(device=device, dtype=dtype)
+        parts.append([None] * factors.terms if values is None else list(values.unbind()))
+    return [Term(a, g, e) for a, g, e in zip(*parts, strict=True) if a is not None]
 
 
 def split_name(name: str) -> tuple[str, str | None]:

@@ -13,8 +13,7 @@ from mergekit_bayes.data import ModelTask, Task, model_task
 from mergekit_bayes.errors import EvaluateError, MergekitBayesError, ModelError, PlanError, RecipeError
 from mergekit_bayes.evaluate.candidate import Candidate, Stored
 from mergekit_bayes.evaluate.merged import open_merged
-from mergekit_bayes.model.trained import Trained, open_trained
-from mergekit_bayes.predict.precisions import check_sampled
+from mergekit_bayes.model.trained import open_trained
 from mergekit_bayes.recipe.evaluate import METRICS, EvaluatedSpec, EvaluateRecipe
 
 __all__ = ["open_candidates"]
@@ -103,7 +102,7 @@ def _no_precision(recipe: EvaluateRecipe, found: Sequence[Candidate]) -> Iterato
         if asked is None:
             continue
         if isinstance(candidate, Stored) and candidate.sidecar is not None:
-            yield from _unfit(candidate.trained, candidate.sidecar)
+            yield from _unfit(candidate, candidate.sidecar, pruned=bool(recipe.prune))
             continue
         advice = "`samples: false` for this model" if asked == "samples" else "no `prune`"
         if isinstance(candidate, Stored):
@@ -119,13 +118,11 @@ def _no_precision(recipe: EvaluateRecipe, found: Sequence[Candidate]) -> Iterato
             )
 
 
-def _unfit(trained: Trained, path: Path) -> Iterator[MergekitBayesError]:
-    sidecar = open_sidecar(path)
-    try:
-        check_sampled(sidecar)
-    except EvaluateError as error:
-        yield error
-        return
+def _unfit(candidate: Stored, path: Path, *, pruned: bool) -> Iterator[MergekitBayesError]:
+    sidecar, trained = open_sidecar(path), candidate.trained
+    if pruned and sidecar.metadata.space == "product":
+        seen = f"model {shown(candidate.title)}: {shown(sidecar.path)} has precisions of the adapter's updates"
+        yield EvaluateError(f"{seen} (space product), whose entries no file holds; expected no `prune`")
     yield from check_sidecar(
         sidecar,
         mean_tensors=trained.tensors,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.checkpoint.header import TensorInfo
-from mergekit_bayes.checkpoint.kronecker_tensors import PARTS, check_factor
+from mergekit_bayes.checkpoint.kronecker_tensors import read_terms
 from mergekit_bayes.checkpoint.reader import BlockReader
 from mergekit_bayes.merge.blocks import Stored, as_posterior
 from mergekit_bayes.merge.checks import check_block, check_precision
@@ -101,15 +101,7 @@ class OperandReader:
         Raises:
             NumericalError: a factor is not finite or not symmetric, or a curvature is negative.
         """
-        corrected = curvature.factors.eigenvalues is not None
-        parts = []
-        for part, tensor in zip(PARTS, curvature.factors, strict=True):
-            values = None if tensor is None else self._reader.read_tensor(tensor)
-            if values is not None and tensor is not None:
-                check_factor(tensor.name, part, values, basis=corrected)
-                values = values.to(device=self.device, dtype=self.dtype)
-            parts.append([None] * curvature.factors.terms if values is None else list(values.unbind()))
-        terms = [Term(a, g, e) for a, g, e in zip(*parts, strict=True) if a is not None]
+        terms = read_terms(curvature.factors, self._reader, dtype=self.dtype, device=self.device)
         return terms if curvature.divisor == 1.0 else [term.scaled(1.0 / curvature.divisor) for term in terms]
 
     def _stored(self, operand: Operand, step: MergeStep, start: int, stop: int) -> Stored:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mergekit_bayes.errors import MethodError, NonPositivePrecisionError
 from mergekit_bayes.posterior.eigenbasis import Basis, spectrum
-from mergekit_bayes.posterior.solve import solve, tightest
+from mergekit_bayes.posterior.solve import Solver, solve, tightest
 from mergekit_bayes.posterior.term import ROUNDING, Term, combined
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mergekit_bayes.posterior.kronecker import Kronecker
 
-__all__ = ["DENSE_ENTRIES", "check_positive", "dense", "draw", "log_determinant", "trace_of_ratio"]
+__all__ = ["DENSE_ENTRIES", "Sampler", "check_positive", "dense", "log_determinant", "trace_of_ratio"]
 
 DENSE_ENTRIES = 2048
 """Largest number of weights whose full precision is formed: 32 MiB in float64, a second to factorise."""
@@ -87,35 +87,62 @@ def trace_of_ratio(p: Kronecker, q: Kronecker) -> Tensor:
     return total
 
 
-def draw(q: Kronecker, generator: torch.Generator | None) -> Tensor:
-    r"""One draw from N(0, S^-1), of the mean's shape.
+class Sampler:
+    r"""Draws from N(0, S^-1): what can be known of S once and for all draws is found here.
 
-    In closed form S^-1/2 z. Otherwise by perturbing and solving (Papandreou and Yuille, 2010): S^-1 b is such a draw
-    when b ~ N(0, S), and b = sqrt(D) * z_0 + sum_k G_k^1/2 Z_k A_k^1/2 is one.
+    In closed form a draw is S^-1/2 z. Otherwise one perturbs and solves (Papandreou and Yuille, 2010): S^-1 b is such
+    a draw when b ~ N(0, S), and b = sqrt(D) * z_0 + sum_k G_k^1/2 Z_k A_k^1/2 is one.
+
+    Args:
+        q: the posterior; its mean plays no part.
 
     Raises:
         NonPositivePrecisionError: S is not positive definite.
         MethodError: a term with negative eigenvalues in a large layer, from removing a task: it has no square root.
     """
 
-    def noise() -> Tensor:
-        return q.mean.new_empty(q.mean.shape).normal_(generator=generator)
+    def __init__(self, q: Kronecker) -> None:
+        self._like, self._diagonal = q.mean, q.diagonal
+        self._solver: Solver | None = None
+        self._roots: list[Term] = []
+        self._inverse_root: Term | None = None
+        self._cholesky: Tensor | None = None
+        known = _spectrum(q) if q.terms else None
+        if known is not None:
+            self._inverse_root = known._replace(eigenvalues=_eigenvalues(known).rsqrt())
+            return
+        if not q.terms or q.mean.numel() == 0:
+            return
+        terms, zero = combined(q.terms), q.diagonal.new_zeros(())
+        for term in terms:
+            single = spectrum(zero, (term,), len(q.mean))
+            assert single is not None  # one term beside one number
+            assert single.eigenvalues is not None
+            if _lowest(single) < 0:
+                self._cholesky = _cholesky(q)
+                return
+            self._roots.append(single._replace(eigenvalues=single.eigenvalues.sqrt()))
+        self._solver = Solver(q.diagonal, terms, len(q.mean))
 
-    if not q.terms:
-        return noise() * q.diagonal.rsqrt()
-    known = _spectrum(q)
-    if known is not None:
-        return known._replace(eigenvalues=_eigenvalues(known).rsqrt()).times(noise())
-    terms = combined(q.terms)
-    single = [spectrum(q.diagonal.new_zeros(()), (term,), len(q.mean)) for term in terms]
-    if any(term is None or float(_lowest(term)) < 0 for term in single):
-        return _dense_draw(q, noise())
-    force = noise() * q.diagonal.sqrt()
-    for term in single:
-        assert term is not None
-        assert term.eigenvalues is not None
-        force = force + term._replace(eigenvalues=term.eigenvalues.sqrt()).times(noise())
-    return solve(q.diagonal, terms, force, tolerance=tightest(force), max_iterations=1000).x
+    def draw(self, generator: torch.Generator | None) -> Tensor:
+        """One draw, of the mean's shape.
+
+        Raises:
+            NonPositivePrecisionError: S is not positive definite.
+        """
+        if self._inverse_root is not None:
+            return self._inverse_root.times(self._noise(generator))
+        if self._cholesky is not None:
+            return _solved_by(self._cholesky, self._noise(generator))
+        if self._solver is None:
+            return self._noise(generator) * self._diagonal.rsqrt()
+        force = self._noise(generator) * self._diagonal.sqrt()
+        for root in self._roots:
+            force = force + root.times(self._noise(generator))
+        return self._solver.solve(force, tolerance=tightest(force), max_iterations=1000).x
+
+    def _noise(self, generator: torch.Generator | None) -> Tensor:
+        return self._like.new_empty(self._like.shape).normal_(generator=generator)
 
 
 def check_positive(q: Kronecker) -> None:
@@ -178,11 +205,11 @@ def _cholesky(q: Kronecker) -> Tensor:
     return factor
 
 
-def _dense_draw(q: Kronecker, noise: Tensor) -> Tensor:
+def _solved_by(cholesky: Tensor, noise: Tensor) -> Tensor:
     import torch
 
     column = noise.double().reshape(-1, 1)
-    drawn: Tensor = torch.linalg.solve_triangular(_cholesky(q).mT, column, upper=True)
+    drawn: Tensor = torch.linalg.solve_triangular(cholesky.mT, column, upper=True)
     return drawn.reshape(noise.shape).to(noise.dtype)
 
 

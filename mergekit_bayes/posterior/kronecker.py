@@ -12,10 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Self, final
 
 from mergekit_bayes.errors import MethodError, NonFiniteError, NumericalError, ShapeMismatchError
-from mergekit_bayes.posterior.closed_form import check_positive, draw, log_determinant, trace_of_ratio
+from mergekit_bayes.posterior.closed_form import Sampler, check_positive, log_determinant, trace_of_ratio
 from mergekit_bayes.posterior.diagonal import Diagonal
 from mergekit_bayes.posterior.elementwise import Elementwise
 from mergekit_bayes.posterior.family import Posterior, check_alike
@@ -195,6 +196,11 @@ class Kronecker(Posterior):
         terms = [term.scaled(alpha) for term in self.terms]
         return self.unchecked(self.mean, self.diagonal * alpha, terms).check()
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        """What all draws from this posterior share: found for the first one, as large as the factors."""
+        return Sampler(self)
+
     def sample(self, generator: torch.Generator | None = None, *, temperature: float = 1.0) -> Tensor:
         """Draw one tensor of the mean's shape; see `Posterior.sample`.
 
@@ -203,7 +209,7 @@ class Kronecker(Posterior):
         """
         if not 0 <= temperature < math.inf:
             raise NumericalError(f"temperature is {temperature}; it must be finite and at least 0")
-        return draw(self, generator).mul_(temperature**0.5).add_(self.mean)
+        return self.sampler.draw(generator).mul_(temperature**0.5).add_(self.mean)
 
     def log_density(self, x: Tensor) -> Tensor:
         r"""Log-density, log q(x) = 1/2 (log |S| - n log 2 pi - (x - m)^T S (x - m)), in nats; 0-dim.

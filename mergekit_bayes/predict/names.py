@@ -16,9 +16,10 @@ from torch import nn
 from mergekit_bayes.checkpoint.files import listed, shown
 from mergekit_bayes.errors import EvaluateError
 
-__all__ = ["Weights", "check_adapter", "weights_of"]
+__all__ = ["Weights", "check_adapter", "updated_weights_of", "weights_of"]
 
 _HOLDERS = ("lora_A", "lora_embedding_A", "modules_to_save")
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _ADAPTER_PREFIX = "base_model.model."
 
 
@@ -68,6 +69,35 @@ def weights_of(model: nn.Module, adapter: str | None = None) -> Weights:
     chosen = _chosen(model, adapter, sorted(adapters))
     check_adapter(model, chosen)
     return _adapter_weights(model, chosen)
+
+
+def updated_weights_of(model: nn.Module, adapter: str | None = None) -> Weights:
+    """Finds the weights of the base that an adapter changes, and those that it stores whole.
+
+    They have the names that precisions in product space have: those of the base's weights.
+
+    Args:
+        model: a PEFT model, or a transformers model that loaded an adapter; wrapped or not.
+        adapter: which adapter, where there are several.
+
+    Raises:
+        EvaluateError: there is no such adapter, or several to choose from.
+    """
+    model = _unwrapped(model)
+    adapters = getattr(model, "peft_config", None) or {}
+    if not adapters:
+        seen = f"{type(model).__name__}: has no adapter"
+        raise EvaluateError(f"{seen}; expected the one whose updates the precisions describe, not merged into its base")
+    chosen = _chosen(model, adapter, sorted(adapters))
+    check_adapter(model, chosen)
+    own = _adapter_weights(model, chosen)
+    names = (name for name in own.trained if not any(f".{factor}" in name for factor in _FACTORS))
+    found = {name.removeprefix(_ADAPTER_PREFIX): own.parameters[name] for name in names}
+    for path, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if isinstance(base, nn.Module) and _adapts(module, chosen):
+            found[f"{path.removeprefix(_ADAPTER_PREFIX)}.weight"] = base.get_parameter("weight")
+    return Weights(found, tuple(sorted(found)), frozenset(), frozenset(), chosen)
 
 
 def check_adapter(model: nn.Module, adapter: str | None) -> None:

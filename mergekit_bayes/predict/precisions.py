@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from mergekit_bayes.checkpoint.files import shown
 from mergekit_bayes.checkpoint.fingerprint import fingerprint
 from mergekit_bayes.checkpoint.header import TensorInfo
 from mergekit_bayes.checkpoint.index import open_checkpoint
+from mergekit_bayes.checkpoint.kronecker_tensors import KroneckerTensors, factored_weights, kronecker_tensors
 from mergekit_bayes.checkpoint.reader import BlockReader
 from mergekit_bayes.checkpoint.shards import raise_together
 from mergekit_bayes.checkpoint.sidecar import Sidecar, check_sidecar, open_sidecar
-from mergekit_bayes.errors import EvaluateError
+from mergekit_bayes.errors import CheckpointError, EvaluateError
 
-__all__ = ["PrecisionSource", "Precisions", "check_sampled", "gather_precisions", "read_precisions"]
+__all__ = ["PrecisionSource", "Precisions", "gather_precisions", "read_precisions"]
 
 PrecisionSource = Mapping[str, Tensor] | Mapping[str, float] | str | os.PathLike[str]
 """Precisions by tensor name, or the path of a sidecar or of its folder"""
@@ -32,15 +33,23 @@ class Precisions:
 
     Attributes:
         where: how messages call them.
-        values: S by the name of the tensor described; 0-dim where one number is meant for a whole tensor.
+        values: the diagonal part of S by the name of the tensor described; 0-dim where one number is meant for a whole
+            tensor.
+        factors: where the Kronecker terms of S lie, by the name of the tensor described.
         sidecar: where they come from, if from a file.
         means_on_disk: the tensors described, if they lie beside the sidecar.
     """
 
     where: str
     values: Mapping[str, Tensor]
+    factors: Mapping[str, KroneckerTensors] = field(default_factory=dict)
     sidecar: Sidecar | None = None
     means_on_disk: Mapping[str, TensorInfo] = field(default_factory=dict)
+
+    @property
+    def of_updates(self) -> bool:
+        """Whether they are of the updates that an adapter makes to the weights of its base (space product)."""
+        return self.sidecar is not None and self.sidecar.metadata.space == "product"
 
     @property
     def may_be_partial(self) -> bool:
@@ -61,7 +70,7 @@ def gather_precisions(source: PrecisionSource) -> Precisions:
     Raises:
         CheckpointError: the sidecar cannot be read or trusted, or does not describe the weights beside it.
         PlanError: several such reasons.
-        EvaluateError: a value is no precision, or the sidecar has factors or describes products of parameters.
+        EvaluateError: a value is no precision.
     """
     if not isinstance(source, Mapping):
         return _from_disk(Path(source))
@@ -91,34 +100,44 @@ def read_precisions(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _read(sidecar: Sidecar) -> dict[str, Tensor]:
+    return _tensors(sidecar, sidecar.tensors)
+
+
+def _tensors(sidecar: Sidecar, names: Iterable[str]) -> dict[str, Tensor]:
     with BlockReader() as reader:
-        return {name: reader.read_tensor(info) for name, info in sidecar.tensors.items()}
+        return {name: reader.read_tensor(sidecar.tensors[name]) for name in names}
 
 
 def _from_disk(path: Path) -> Precisions:
     sidecar = open_sidecar(path)
-    check_sampled(sidecar)
-    described = _means_beside(sidecar.path.parent)
+    folder = sidecar.path.parent
+    adapter = open_adapter(folder) if is_adapter(folder) else None
+    described = _means_beside(folder) if adapter is None else adapter.tensors
     if described:
         print_ = fingerprint(described)
-        raise_together(check_sidecar(sidecar, mean_tensors=described, mean_fingerprint=print_, base_fingerprint=None))
-    return Precisions(shown(sidecar.path), _read(sidecar), sidecar, described)
+        raise_together(
+            check_sidecar(
+                sidecar, mean_tensors=described, mean_fingerprint=print_, base_fingerprint=None, adapter=adapter
+            )
+        )
+    factors = _factors(sidecar)
+    parts = {part.name for each in factors.values() for part in each if part is not None}
+    values = _tensors(sidecar, sidecar.tensors.keys() - parts)
+    for name in factors.keys() - values.keys():
+        if not sidecar.metadata.prior_precision:
+            seen = f"{shown(sidecar.path)}: {shown(name)} has factors, but no diagonal part and no prior_precision"
+            raise CheckpointError(f"{seen}; expected one of them")
+        values[name] = torch.tensor(sidecar.metadata.prior_precision, dtype=torch.float64)
+    return Precisions(shown(sidecar.path), values, factors, sidecar, described)
 
 
-def check_sampled(sidecar: Sidecar) -> None:
-    """Checks that samples can be drawn from precisions of this kind.
-
-    Raises:
-        EvaluateError: they have factors, or are of the updates that an adapter makes.
-    """
-    metadata = sidecar.metadata
-    if metadata.family != "diagonal" or metadata.space == "product":
-        seen = f"{shown(sidecar.path)}: family {metadata.family}, space {metadata.space}"
-        raise EvaluateError(f"{seen}; expected a diagonal precision of the parameters themselves, to sample them")
+def _factors(sidecar: Sidecar) -> dict[str, KroneckerTensors]:
+    if sidecar.metadata.family != "kronecker":
+        return {}
+    found = {name: kronecker_tensors(sidecar, name) for name in factored_weights(sidecar.tensors)}
+    return {name: factors for name, factors in found.items() if factors is not None}
 
 
 def _means_beside(folder: Path) -> Mapping[str, TensorInfo]:
-    if is_adapter(folder):
-        return open_adapter(folder).tensors
     names = ("model.safetensors", "model.safetensors.index.json")
     return open_checkpoint(folder).tensors if any((folder / name).exists() for name in names) else {}

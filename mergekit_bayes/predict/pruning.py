@@ -4,7 +4,8 @@ r"""Pruning by signal to noise: the weights whose mean is smallest beside its ow
 
 (Graves 2011, "Practical variational inference for neural networks"; Blundell et al. 2015, arXiv 1505.05424, section
 5; for LoRA with IVON, arXiv 2506.14280.) Where S is nearly the same everywhere this is pruning by magnitude under
-another name; the report says how far the two agree.
+another name; the report says how far the two agree. Of a precision with Kronecker terms this is its diagonal: what
+the weight is known to when all others stay.
 """
 
 from __future__ import annotations
@@ -96,13 +97,19 @@ def prune_posterior(model: nn.Module, precision: PrecisionSource | AttachedPoste
             those go first whose name and place come first.
 
     Raises:
-        EvaluateError: a share outside [0, 1].
+        EvaluateError: a share outside [0, 1], or precisions in product space.
         NonFiniteError: a mean is NaN or infinite.
         CheckpointError: the precisions do not fit the model; see `attach_posterior`.
     """
     if not 0 <= share <= 1:
         raise EvaluateError(f"pruning: share is {share}; expected a number from 0 to 1")
-    weights = attach_posterior(model, precision).weights
+    posterior = attach_posterior(model, precision)
+    if posterior.of_updates:
+        raise EvaluateError(
+            "pruning: the precisions are of the updates of an adapter, whose entries the model does not hold; expected "
+            "precisions of its factors"
+        )
+    weights = posterior.weights
     for weight in weights:
         if not weight.parameter.isfinite().all():
             raise NonFiniteError(f"pruning: {weight.name} holds NaN or infinity; expected a finite mean")

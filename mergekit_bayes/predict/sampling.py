@@ -2,9 +2,10 @@ r"""Samples of a model: its weights replaced by a draw from their posterior for 
 
     theta = m + sqrt(T / S) z,    z ~ N(0, 1)
 
-with m the mean that the model holds, S the precision at data scale and T the temperature. T = 1 is the posterior, T =
-0 the mean; training with IVON sampled at T = N / ess. Of a LoRA adapter the factors A and B are sampled, each entry
-on its own.
+with m the mean that the model holds, S the precision at data scale and T the temperature; a matrix S with Kronecker
+terms takes S^-1/2 z instead (see `Kronecker.sample`). T = 1 is the posterior, T = 0 the mean; training with IVON
+sampled at T = N / ess. Of a LoRA adapter the factors A and B are sampled, each entry on its own, or with precisions
+in product space its updates dW: their deviation is added to the base's weights for as long as the context lasts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_bayes.errors import EvaluateError, NumericalError
+from mergekit_bayes.posterior import Kronecker
 from mergekit_bayes.predict.attach import AttachedPosterior, Weight, attach_posterior
 from mergekit_bayes.predict.names import check_adapter
 from mergekit_bayes.predict.precisions import PrecisionSource
@@ -42,7 +44,8 @@ def sample_posterior(
 
     A sample depends on (seed, sample, name of the weight) and on nothing else, on one kind of device: not on the
     order of weights, on which other weights are sampled, or on where a model is split. Temperatures scale the same
-    numbers. The global generators are left alone. Needs memory for one more copy of the sampled weights.
+    numbers. The global generators are left alone. Needs memory for one more copy of the sampled weights; the first
+    sample of weights with Kronecker terms finds eigenvectors, which take time and as much memory as the factors.
 
     Args:
         model: any module that holds its mean.
@@ -56,7 +59,8 @@ def sample_posterior(
 
     Raises:
         EvaluateError: the model holds a sample already; a negative sample.
-        NumericalError: a temperature that is negative, not finite, or too high for a precision.
+        NumericalError: a temperature that is negative, not finite, or too high for a precision; Kronecker terms that
+            leave a precision that is not positive definite.
         CheckpointError: the precisions do not fit the model; see `attach_posterior`.
     """
     posterior = attach_posterior(model, precision)
@@ -95,15 +99,31 @@ def check_temperature(temperature: float) -> None:
 @torch.no_grad()
 def _perturb(weight: Weight, noise: _Noise, temperature: float) -> None:
     parameter = weight.parameter
-    deviation = (temperature / weight.precision.to(parameter.device)).sqrt()
-    if not deviation.isfinite().all():
+    # in float32 at least: what a bfloat16 weight holds is the rounded sample, not a sum of rounded terms
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    if weight.spread is None:
+        deviation = (temperature / weight.precision.to(parameter.device)).sqrt()
+        _check_finite(deviation, weight, temperature)
+        draw = noise.normal(weight).to(wide).mul_(deviation.to(wide))
+    else:
+        draw = _correlated(weight, weight.spread, noise.generator(weight)).mul_(temperature**0.5)
+        _check_finite(draw, weight, temperature)
+    parameter.copy_(draw.add_(parameter))
+
+
+def _correlated(weight: Weight, spread: Kronecker, generator: torch.Generator) -> Tensor:
+    try:
+        draw = spread.sample(generator)
+    except NumericalError as error:
+        raise type(error)(f"sample of {weight.name}: {error}") from None
+    return draw.mT if weight.turned else draw
+
+
+def _check_finite(values: Tensor, weight: Weight, temperature: float) -> None:
+    if not values.isfinite().all():
         lowest = float(weight.precision.min())
         seen = f"sample of {weight.name}: precision {lowest:.3g} at temperature {temperature:g} has no finite variance"
         raise NumericalError(f"{seen}; expected a lower temperature")
-    # in float32 at least: what a bfloat16 weight holds is the rounded sample, not a sum of rounded terms
-    wide = torch.promote_types(parameter.dtype, torch.float32)
-    draw = noise.normal(weight).to(wide).mul_(deviation.to(wide))
-    parameter.copy_(draw.add_(parameter))
 
 
 class _Noise:
@@ -113,13 +133,15 @@ class _Noise:
         self._key = struct.pack("<2q", seed, sample)
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def normal(self, weight: Weight) -> Tensor:
+    def generator(self, weight: Weight) -> torch.Generator:
         device = weight.parameter.device
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
         generator = self._generators[device]
         # `person` keeps these numbers apart from those that training drew with the same seed
         digest = blake2b(self._key + weight.name.encode(), digest_size=8, person=b"predict").digest()
-        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-        shape = weight.parameter.shape
-        return torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=generator)
+        return generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def normal(self, weight: Weight) -> Tensor:
+        shape, device = weight.parameter.shape, weight.parameter.device
+        return torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=self.generator(weight))

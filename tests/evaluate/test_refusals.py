@@ -92,13 +92,16 @@ def test_a_sidecar_of_other_weights(llama: Path, tuned: Path, tmp_path: Path) ->
     assert run(recipe([tmp_path / "moved"])).results, "its mean can be evaluated"
 
 
-def test_precisions_that_have_no_samples_yet(llama: Path, tuned: Path, tmp_path: Path) -> None:
+def test_pruning_by_precisions_of_updates(llama: Path, tuned: Path, tmp_path: Path) -> None:
     from mergekit_bayes.estimate.run import estimate_precision
 
     asked = {"kind": "precision", "model": str(llama), "adapter": str(tuned), "data": {"train": "texts"}}
     estimate_precision({**asked, "estimator": "kfac", "num_examples": 4}, tmp_path / "kfac", tables=TABLES)
-    found = refusal_of(recipe([{"model": str(tuned), "precision": str(tmp_path / "kfac")}], samples=2))
-    assert "family kronecker, space product; expected a diagonal precision of the parameters themselves" in found
+    found = refusal_of(recipe([{"model": str(tuned), "precision": str(tmp_path / "kfac")}], prune=0.5))
+    assert "has precisions of the adapter's updates (space product), whose entries no file holds" in found
+    sampled = run(recipe([{"model": str(tuned), "precision": str(tmp_path / "kfac")}], samples=2)).results
+    losses = [data_sets["texts"]["loss"]["value"] for data_sets in sampled["scores"].values()]
+    assert len(set(losses)) == 2, "the mean's and the samples'"
 
 
 def test_rows_that_a_model_has_no_place_for(bert: Path) -> None:

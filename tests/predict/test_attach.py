@@ -155,19 +155,3 @@ def test_a_sidecar_that_is_not_there_or_not_one_is_refused(tensors: dict[str, Te
         attach_posterior(Toy(tensors), folder)
     with pytest.raises(CheckpointError, match="says nothing about its numbers"):
         attach_posterior(Toy(tensors), folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("metadata", "seen"),
-    [
-        ({"family": "kronecker", "space": "full"}, "family kronecker, space full"),
-        ({"space": "product"}, "family diagonal, space product"),
-    ],
-)
-def test_factors_and_products_are_not_precisions_of_parameters(
-    tensors: dict[str, Tensor], tmp_path: Path, metadata: dict[str, Any], seen: str
-) -> None:
-    folder = write_checkpoint(tmp_path / "model", tensors)
-    write_precisions(folder, {name: tensor.exp() for name, tensor in tensors.items()}, **metadata)
-    with pytest.raises(EvaluateError, match=f"{seen}; expected a diagonal precision of the parameters themselves"):
-        attach_posterior(Toy(tensors), folder)
