@@ -27,17 +27,21 @@ TinyCheckpoints = Callable[..., Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: begun last, it would leave all other processes without work."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))
+    """The longest test first: begun last, it would leave all other processes without work. No coverage of slow tests.
 
-
-@pytest.fixture
-def untraced_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that a test starts are not measured by coverage.
-
-    Tracing makes the import of peft two fifths longer. For tests whose programs run nothing that others do not.
+    Tracing makes tests take two thirds longer, and what the slow ones run, the others have run in its parts.
     """
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))
+    for item in items:
+        if item.get_closest_marker("slow") is not None:
+            item.add_marker("no_cover")  # of pytest-cov
+
+
+@pytest.fixture(autouse=True)
+def _programs_are_covered_as_their_test_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a slow test starts is not traced either."""
+    if request.node.get_closest_marker("no_cover") is not None:
+        monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
 
 
 @pytest.fixture(scope="session")

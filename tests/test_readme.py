@@ -42,7 +42,6 @@ def test_set_up_commands_name_scripts_that_parse(command: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("untraced_children")
 def test_blocks_run_in_order(tmp_path: Path) -> None:
     """A YAML block is the file its first line names; bash and Python blocks run."""
     for folder in ("examples", "recipes"):

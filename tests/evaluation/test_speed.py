@@ -58,7 +58,6 @@ def test_watch_reports_an_unexpected_end() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("untraced_children")
 def test_benchmark_runs_from_beginning_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "evaluation.speed.merge", "--tiny", "--repeats", "1"]
     folders = ["--workdir", str(tmp_path / "work"), "--out", str(tmp_path / "out")]

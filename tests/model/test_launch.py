@@ -81,7 +81,6 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 ACCELERATE = ["-m", "accelerate.commands.launch"]
 
 
-@pytest.mark.usefixtures("untraced_children")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "expected"),

@@ -200,7 +200,6 @@ def write_some(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("untraced_children")
 def test_the_same_weights_give_the_same_bytes_in_any_process(tmp_path: Path) -> None:
     """Here, and in a process that orders sets differently."""
     write_some(tmp_path / "here")

@@ -274,6 +274,25 @@ def test_a_merge_of_adapters_is_sampled_with_the_terms_of_all(bases: dict[str, P
     np.testing.assert_allclose(weight.precision.double().numpy().reshape(-1), np.diag(dense), rtol=1e-6)
 
 
+def test_only_the_layers_of_the_adapter_that_is_meant_are_sampled(
+    bases: dict[str, Path], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a model that holds two, on different layers."""
+    from tests.tiny_models import save_tiny_adapter
+
+    other = save_tiny_adapter(bases["llama"], tmp_path / "other", seed=2, target_modules=["k_proj"])
+    folder = product_sidecar(bases["llama"], other, tmp_path / "precision")
+    model = adapted(bases["llama"], adapters["llama"])
+    model.load_adapter(other, adapter_name="other")
+    model.set_adapter("other")
+    before = weights_in(model)
+    with sample_posterior(model, folder, sample=0) as posterior:
+        inside = weights_in(model)
+    assert posterior.adapter == "other"
+    changed = {key for key in inside if not torch.equal(inside[key], before[key])}
+    assert changed == {key for key in inside if key.endswith("k_proj.base_layer.weight")}
+
+
 def product_sidecar(base: Path, adapter: Path, folder: Path) -> Path:
     return run(recipe(base, adapter, estimator="fisher", space="product"), folder).folder
 
