@@ -91,14 +91,14 @@ PAGES = (
     Page(
         "calibration",
         "is a model that was fine-tuned with IVON better calibrated?",
-        minutes=20,
+        minutes=40,
         needs=f"{_ENCODER}; {_INDEX}",
         before=(
             Preparation("python examples/package_sections/sections.py", "examples/package_sections/data/train.jsonl"),
             *map(_finetune, _FINETUNED),
         ),
         commands=(
-            "python -m evaluation.calibration.study package_sections FOLDER... --samples 10"
+            "python -m evaluation.calibration.study package_sections FOLDER... --samples 10 --estimators fisher kfac"
             " --validation examples/package_sections/data/validation.jsonl"
             " --test examples/package_sections/data/test.jsonl",
         ),

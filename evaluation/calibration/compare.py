@@ -20,6 +20,10 @@ PAIRS = (
     ("IVON, mean", "IVON, samples, chosen"),
     ("AdamW, mean, scaled", "IVON, samples, chosen"),
     ("AdamW, mean, scaled", "IVON, mean, scaled"),
+    (REFERENCE, "AdamW, samples, fisher"),
+    (REFERENCE, "AdamW, samples, kfac"),
+    ("AdamW, samples, fisher", "AdamW, samples, kfac"),
+    ("AdamW, mean, scaled", "AdamW, samples, kfac"),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 Results = dict[str, Any]
 
-CURVES = ("AdamW, mean", "IVON, mean", "IVON, samples, chosen")
+CURVES = ("AdamW, mean", "AdamW, samples, kfac", "IVON, mean", "IVON, samples, chosen")
 
 
 def tables(results: Results) -> str:
@@ -66,7 +66,7 @@ def _temperatures(found: Results) -> str:
         [run["run"], ", ".join(f"{name} {value:.3g}" for name, value in run["temperatures"].items()) or "-"]
         for run in found["runs"]
     ]
-    return _table(["run", "temperatures of samples; factor of log-probabilities (scaled)"], rows)
+    return _table(["run", "temperatures of samples, or their priors; factor of log-probabilities (scaled)"], rows)
 
 
 def _interval(ends: Sequence[float]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mergekit_bayes.checkpoint.sidecar import find_sidecar, open_sidecar
 from mergekit_bayes.data import collate, evaluation_batches, load_training_data
 from mergekit_bayes.data.rows import Rows
+from mergekit_bayes.estimate.run import estimate_precision
 from mergekit_bayes.model import load_for_training
 from mergekit_bayes.model.base_identity import open_base
 from mergekit_bayes.model.tokens import load_tokenizer
@@ -102,6 +103,29 @@ def load_model(run: Run, labels: tuple[str, ...] | None, *, device: str, recipe_
 
         set_peft_model_state_dict(model, load_file(run.folder / "adapter_model.safetensors"))
     return model.eval()
+
+
+def estimated(run: Run, estimator: str, recipe_dir: Path | None) -> Path:
+    """A folder beside the run with its precision by a pass over all of its training data.
+
+    That of the adapter's factors, or for Kronecker factors that of the updates they make.
+    """
+    folder = run.folder.with_name(f"{run.folder.name}_{estimator}")
+    if not folder.exists():
+        plain: Any = run.recipe.resolved()
+        trained = [each["rows"] for each in run.report["data"]["report"]["datasets"] if each["role"] == "train"]
+        content = {
+            "kind": "precision",
+            "model": plain["model"],
+            "adapter": str(run.folder),
+            "data": {**plain["data"], "eval": None, "eval_fraction": None},
+            "estimator": estimator,
+            "num_examples": sum(trained),
+            "batch_size": 16,
+            "seed": run.seed,
+        }
+        estimate_precision(content, folder, recipe_dir=recipe_dir)
+    return folder
 
 
 def _base_folder(run: Run, recipe_dir: Path | None) -> Path:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ import torch
 
 from evaluation.calibration.compare import compare, reliability
 from evaluation.calibration.report import figure, tables
-from evaluation.calibration.runs import HeldOut, Run, device_name, held_out, load_model, open_run
+from evaluation.calibration.runs import HeldOut, Run, device_name, estimated, held_out, load_model, open_run
 from evaluation.calibration.scaling import best_factor, scaled
 from mergekit_bayes.predict import (
     BINS,
@@ -32,11 +33,13 @@ from mergekit_bayes.predict import (
     Score,
     TokenPrediction,
     attach_posterior,
+    choose_prior,
     choose_temperature,
     class_scores,
     predict_next_tokens,
     predict_probabilities,
     token_scores,
+    with_prior,
 )
 
 HERE = Path(__file__).parent
@@ -58,10 +61,20 @@ def predict_run(run: Run, data: HeldOut, options: argparse.Namespace) -> tuple[P
     if isinstance(at_mean, ClassPrediction):
         used["scaled"] = best_factor(predict(model, data.validation))
         found["mean, scaled"] = scaled(at_mean, used["scaled"])
+    chooser = predict_next_tokens if run.task == "causal_lm" else predict_probabilities
     if not run.has_posterior:
+        for estimator in options.estimators:
+            posterior = attach_posterior(model, estimated(run, estimator, options.recipe_dir))
+            chosen_prior = choose_prior(model, data.validation, posterior, predict=chooser, samples=options.samples)
+            used[f"prior of {estimator}"] = chosen_prior.prior
+            # an infinite prior is the mean
+            width = 0.0 if math.isinf(chosen_prior.prior) else 1.0
+            under = with_prior(posterior, chosen_prior.prior) if width else posterior
+            found[f"samples, {estimator}"] = predict(
+                model, data.test, under, samples=options.samples, temperature=width
+            )
         return found, used
     posterior = attach_posterior(model, run.folder)
-    chooser = predict_next_tokens if run.task == "causal_lm" else predict_probabilities
     chosen = choose_temperature(model, data.validation, posterior, predict=chooser, samples=options.samples)
     temperatures = {"posterior": 1.0, "as trained": run.trained_at, "chosen": chosen.temperature}
     for name, temperature in temperatures.items():
@@ -143,6 +156,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--validation", type=Path, required=True, help="data to choose temperatures on")
     parser.add_argument("--test", type=Path, required=True, help="data to report")
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument(
+        "--estimators",
+        nargs="*",
+        default=[],
+        help="also sample runs without a posterior, by passes of these estimators over their training data",
+    )
     parser.add_argument("--bins", type=int, default=BINS, help="of the calibration error")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument(
@@ -162,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found["command"] = (
         f"python -m evaluation.calibration.study {' '.join(shown)} --validation {options.validation.name} "
         f"--test {options.test.name} --samples {options.samples}"
+        + (f" --estimators {' '.join(options.estimators)}" if options.estimators else "")
     )
     found |= {"date": date.today().isoformat(), "machine": machine()}
     options.out.mkdir(parents=True, exist_ok=True)

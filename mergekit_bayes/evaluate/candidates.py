@@ -123,6 +123,9 @@ def _unfit(candidate: Stored, path: Path, *, pruned: bool) -> Iterator[MergekitB
     if pruned and sidecar.metadata.space == "product":
         seen = f"model {shown(candidate.title)}: {shown(sidecar.path)} has precisions of the adapter's updates"
         yield EvaluateError(f"{seen} (space product), whose entries no file holds; expected no `prune`")
+    if candidate.samples is not None and candidate.samples.prior is not None and not sidecar.metadata.prior_precision:
+        seen = f"model {shown(candidate.title)}: {shown(sidecar.path)} does not say which prior is in its precisions"
+        yield EvaluateError(f"{seen}; expected its prior_precision, or no `samples.prior`")
     yield from check_sidecar(
         sidecar,
         mean_tensors=trained.tensors,

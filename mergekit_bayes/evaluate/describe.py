@@ -62,7 +62,8 @@ def _ways(recipe: EvaluateRecipe, candidate: Candidate) -> Iterator[str]:
         if variant.samples:
             chosen = variant.temperature is None
             at = "chosen by the validation rows" if chosen else f"{variant.temperature:g}"
-            yield f"{variant.samples} samples at temperature {at}"
+            under = "" if variant.prior is None else f" under prior {variant.prior:g}"
+            yield f"{variant.samples} samples at temperature {at}{under}"
         else:
             yield f"pruned by {variant.prune:g}" if variant.prune else "at its mean"
 

@@ -15,6 +15,7 @@ from mergekit_bayes.evaluate.encodings import Encoding
 from mergekit_bayes.evaluate.measure import Measured, measure_block, predictor
 from mergekit_bayes.evaluate.variants import Variant
 from mergekit_bayes.predict.attach import AttachedPosterior, attach_posterior
+from mergekit_bayes.predict.prior import with_prior
 from mergekit_bayes.predict.pruning import Pruning
 from mergekit_bayes.predict.rows import Feed, check_rows
 from mergekit_bayes.predict.temperature import choose_temperature
@@ -67,7 +68,7 @@ class OpenModel:
         """
         if not blocks:
             return
-        used = self._posterior if variant.samples or variant.prune else None
+        used = self._under(variant) if variant.samples or variant.prune else None
         draws = {"samples": variant.samples, "temperature": variant.temperature, "seed": self.recipe.seed}
         with variant.applied(self._loaded.model, used):
             for number, block in blocks.items():
@@ -77,12 +78,13 @@ class OpenModel:
     def choose(self, variant: Variant) -> dict[str, Any]:
         """Chooses the temperature of samples by the validation rows; returns a `ChosenTemperature` as plain data."""
         assert self._read.validation is not None  # the recipe was checked
-        assert self._posterior is not None  # candidates without precisions were refused
+        posterior = self._under(variant)
+        assert posterior is not None  # candidates without precisions were refused
         feed = self._feed(self._read.validation)
         found = choose_temperature(
             self._loaded.model,
             [feed.batch(indices) for indices in feed.batches],
-            self._posterior,
+            posterior,
             predict=predictor(feed.rows),
             samples=variant.samples,
             seed=self.recipe.seed,
@@ -103,6 +105,12 @@ class OpenModel:
         with variant.applied(self._loaded.model, self._posterior) as pruning:
             assert isinstance(pruning, Pruning)
             return str(pruning)
+
+    def _under(self, variant: Variant) -> AttachedPosterior | None:
+        """The posterior under the prior of a variant."""
+        if variant.prior is None or self._posterior is None:
+            return self._posterior
+        return with_prior(self._posterior, variant.prior)
 
     def _feed(self, rows: Rows) -> Feed:
         return Feed(rows, self.recipe.batch_size, self._read.pad_token_id)

@@ -133,6 +133,7 @@ def _model(outcome: Outcome) -> dict[str, Any]:
         "samples": outcome.variant.samples,
         "temperature": outcome.variant.temperature,
         "prune": outcome.variant.prune,
+        **({} if outcome.variant.prior is None else {"prior": outcome.variant.prior}),
         "chosen_temperature": outcome.chosen,
     }
 

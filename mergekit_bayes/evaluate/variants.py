@@ -26,11 +26,13 @@ class Variant:
         samples: how many are averaged; 0 for the mean.
         temperature: of the samples; None where validation data will say.
         prune: share of the weights that are zero.
+        prior: S_0 of the samples; None for what the precisions have.
     """
 
     samples: int = 0
     temperature: float | None = 0.0
     prune: float = 0.0
+    prior: float | None = None
 
     def title(self, model: str) -> str:
         """What tables call a model looked at this way."""
@@ -46,7 +48,8 @@ class Variant:
     @property
     def identity(self) -> Mapping[str, object]:
         """What its numbers depend on."""
-        return asdict(self)
+        found = asdict(self)
+        return found if self.prior is not None else {key: value for key, value in found.items() if key != "prior"}
 
     def applied(self, model: nn.Module, posterior: AttachedPosterior | None) -> AbstractContextManager[object]:
         """The context in which the model is as this way wants it."""
@@ -62,6 +65,6 @@ def variants_of(recipe: EvaluateRecipe, candidate: Candidate) -> Iterator[Varian
     asked = candidate.samples
     if asked is not None:
         chosen = asked.temperature == "validation"
-        yield Variant(asked.count, None if chosen else float(asked.temperature))
+        yield Variant(asked.count, None if chosen else float(asked.temperature), prior=asked.prior)
     for share in recipe.prune:
         yield Variant(prune=share)

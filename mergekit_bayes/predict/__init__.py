@@ -12,6 +12,8 @@ Works on any model in memory together with precisions: a sidecar, its folder, or
                      batches.py (what goes in), draws.py (which weights) and average.py (of probabilities)
     harness.py       tasks of lm-eval-harness, on the weights that the model has
     temperature.py   choose_temperature: how wide to sample, by validation data
+    prior.py         choose_prior, with_prior: how wide where the data say nothing
+    search.py        the search of both
     pruning.py       prune_posterior: zero where the mean is small beside its uncertainty; smallest.py finds where
     scores.py        accuracy, nll, brier, ece, accuracy at coverage
     bootstrap.py     paired_interval: is one model better than another, or is it the choice of examples?
@@ -25,6 +27,7 @@ from mergekit_bayes.predict.bootstrap import Interval, paired_interval, paired_i
 from mergekit_bayes.predict.choices import ChoicePrediction, predict_choices
 from mergekit_bayes.predict.classes import ClassPrediction, predict_probabilities
 from mergekit_bayes.predict.precisions import read_precisions
+from mergekit_bayes.predict.prior import ChosenPrior, choose_prior, with_prior
 from mergekit_bayes.predict.pruning import Pruning, prune_posterior
 from mergekit_bayes.predict.sampling import sample_posterior
 from mergekit_bayes.predict.scores import (
@@ -43,6 +46,7 @@ __all__ = [
     "BINS",
     "AttachedPosterior",
     "ChoicePrediction",
+    "ChosenPrior",
     "ChosenTemperature",
     "ClassPrediction",
     "Interval",
@@ -53,6 +57,7 @@ __all__ = [
     "attach_posterior",
     "calibration_gaps",
     "choice_scores",
+    "choose_prior",
     "choose_temperature",
     "class_scores",
     "paired_interval",
@@ -65,4 +70,5 @@ __all__ = [
     "sample_posterior",
     "selective_accuracy",
     "token_scores",
+    "with_prior",
 ]

@@ -60,6 +60,7 @@ class AttachedPosterior:
         adapter: the adapter whose factors or updates these are; None for a model on its own.
         of_updates: whether the weights are those of the base below an adapter's updates: what varies is the update, and
             adding its deviation to the weight is the same.
+        prior: S_0 that is in every precision, as the sidecar records it; None if that is not known.
     """
 
     model: nn.Module
@@ -67,6 +68,7 @@ class AttachedPosterior:
     certain: tuple[str, ...]
     adapter: str | None
     of_updates: bool = False
+    prior: float | None = None
 
 
 def attach_posterior(
@@ -125,7 +127,7 @@ def attach_posterior(
             # the name in the file where precisions came by the name in memory: samples then are the same ones
             matched[id(parameter)] = replace(weight, name=weights.file_name(name))
     ordered = tuple(sorted(matched.values(), key=lambda weight: weight.name))
-    return AttachedPosterior(model, ordered, tuple(certain), weights.adapter, precisions.of_updates)
+    return AttachedPosterior(model, ordered, tuple(certain), weights.adapter, precisions.of_updates, precisions.prior)
 
 
 def _strangers(model: nn.Module, weights: Weights, precisions: Precisions) -> Iterator[SidecarMismatchError]:

@@ -52,6 +52,11 @@ class Precisions:
         return self.sidecar is not None and self.sidecar.metadata.space == "product"
 
     @property
+    def prior(self) -> float | None:
+        """S_0 that is in every precision, at data scale; None if that is not known."""
+        return None if self.sidecar is None else self.sidecar.metadata.prior_precision
+
+    @property
     def may_be_partial(self) -> bool:
         """Whether tensors that were not trained may be left out: with a scalar prior, or after a merge."""
         if self.sidecar is None:

@@ -7,31 +7,23 @@ training (Shen et al. 2024, arXiv 2402.17641; Wenzel et al. 2020, arXiv 2002.024
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from mergekit_bayes.errors import EvaluateError, NonFiniteError
+from mergekit_bayes.errors import EvaluateError
 from mergekit_bayes.predict.attach import AttachedPosterior, attach_posterior
 from mergekit_bayes.predict.batches import Batch
 from mergekit_bayes.predict.classes import predict_probabilities
 from mergekit_bayes.predict.precisions import PrecisionSource
 from mergekit_bayes.predict.sampling import check_temperature
+from mergekit_bayes.predict.search import Scored, search
 
 __all__ = ["ChosenTemperature", "choose_temperature"]
 
 _CANDIDATES = (0.0, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-_REFINEMENTS = 6
-_FAR = 0.05  # nats
-_GOLDEN = (math.sqrt(5) - 1) / 2
-
-
-class _Scored(Protocol):
-    @property
-    def nll(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ def choose_temperature(
     batches: Iterable[Batch],
     precision: PrecisionSource | AttachedPosterior,
     *,
-    predict: Callable[..., _Scored] = predict_probabilities,
+    predict: Callable[..., Scored] = predict_probabilities,
     samples: int = 8,
     seed: int = 0,
     candidates: Sequence[float] = _CANDIDATES,
@@ -90,65 +82,10 @@ def choose_temperature(
         )
     for candidate in candidates:
         check_temperature(candidate)
-    kept, posterior = list(batches), attach_posterior(model, precision)
-    tried: dict[float, float] = {}
+    posterior = attach_posterior(model, precision)
 
-    def loss(temperature: float) -> float:
-        if temperature not in tried:
-            options: dict[str, Any] = {"samples": samples, "temperature": temperature, "seed": seed}
-            tried[temperature] = _loss(predict, model, kept, posterior, options)
-        return tried[temperature]
+    def options(temperature: float) -> dict[str, Any]:
+        return {"precision": posterior, "samples": samples, "temperature": temperature, "seed": seed}
 
-    _walk(loss, sorted({0.0, *candidates}))
-    if math.isinf(tried[0.0]):
-        predict(model, kept)  # raises: the model is at fault, not a temperature
-    best = _best(tried)
-    _refine(loss, *_neighbours(sorted(tried), best))
-    best = _best(tried)
-    ordered = tuple(sorted(tried.items()))
-    return ChosenTemperature(best, tried[best], tried[0.0], ordered, best == ordered[-1][0] > 0)
-
-
-def _loss(
-    predict: Callable[..., _Scored],
-    model: nn.Module,
-    batches: Sequence[Batch],
-    posterior: AttachedPosterior,
-    options: dict[str, Any],
-) -> float:
-    try:
-        loss = float(predict(model, batches, posterior, **options).nll.mean())
-    except NonFiniteError:
-        return math.inf
-    return loss if math.isfinite(loss) else math.inf
-
-
-def _walk(loss: Callable[[float], float], ascending: Sequence[float]) -> None:
-    lowest, hopeless = math.inf, 0
-    for temperature in ascending:
-        value = loss(temperature)
-        lowest = min(lowest, value)
-        # far worse only: the average of a few samples is not the mean, which at low temperatures outweighs their spread
-        # and can raise the loss before it falls
-        hopeless = hopeless + 1 if value > 1.5 * lowest + _FAR else 0
-        if hopeless == 2:
-            return
-
-
-def _neighbours(ascending: Sequence[float], best: float) -> tuple[float, float]:
-    place = ascending.index(best)
-    return ascending[max(place - 1, 0)], ascending[min(place + 1, len(ascending) - 1)]
-
-
-def _refine(loss: Callable[[float], float], low: float, high: float) -> None:
-    start, end = math.sqrt(low), math.sqrt(high)
-    inner = [end - _GOLDEN * (end - start), start + _GOLDEN * (end - start)]
-    for _ in range(_REFINEMENTS if end > start else 0):
-        if loss(inner[0] ** 2) < loss(inner[1] ** 2):
-            end, inner = inner[1], [inner[1] - _GOLDEN * (inner[1] - start), inner[0]]
-        else:
-            start, inner = inner[0], [inner[1], inner[0] + _GOLDEN * (end - inner[0])]
-
-
-def _best(tried: dict[float, float]) -> float:
-    return min(sorted(tried), key=lambda temperature: tried[temperature])
+    found = search(model, list(batches), predict, options, candidates)
+    return ChosenTemperature(found.best, found.nll, found.nll_of_mean, found.tried, found.at_edge)

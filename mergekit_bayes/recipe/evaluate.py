@@ -113,10 +113,13 @@ class SamplesSpec(Spec):
         count: samples; their probabilities are averaged.
         temperature: of their variance, on the scale of the data: 1 is the posterior. `validation` for the one with the
             lowest loss on the rows of `validation`.
+        prior: precision S_0 where the data say nothing, at data scale, in place of the one the sidecar has; None for
+            that one.
     """
 
     count: Annotated[int, checked(field.integer(1))] = 8
     temperature: Annotated[float | Literal["validation"], checked(_temperature)] = 1.0
+    prior: Annotated[float | None, checked(field.optional(field.positive))] = None
 
 
 def _samples(value: object) -> object:

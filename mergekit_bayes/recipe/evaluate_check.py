@@ -157,6 +157,8 @@ _MEANT = {
     "eval": "`data`",
     "model": "`models`",
     "num_samples": "`samples.count`",
+    "prior": "`samples.prior`",
+    "prior_precision": "`samples.prior`",
     "temperature": "`samples.temperature`",
     "max_length": "`data.max_length`",
     "labels": "`data.labels`",

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from mergekit_bayes.errors import DataError, EvaluateError, MergekitBayesError, PlanError, RecipeError
 from mergekit_bayes.evaluate.run import evaluate
@@ -81,8 +83,6 @@ def test_empty_splits(llama: Path, rows: list[dict[str, str]]) -> None:
 
 
 def test_a_sidecar_of_other_weights(llama: Path, tuned: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(tuned, tmp_path / "moved")
     path = tmp_path / "moved" / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
@@ -102,6 +102,28 @@ def test_pruning_by_precisions_of_updates(llama: Path, tuned: Path, tmp_path: Pa
     sampled = run(recipe([{"model": str(tuned), "precision": str(tmp_path / "kfac")}], samples=2)).results
     losses = [data_sets["texts"]["loss"]["value"] for data_sets in sampled["scores"].values()]
     assert len(set(losses)) == 2, "the mean's and the samples'"
+
+
+def test_a_prior_of_samples(tuned: Path, tmp_path: Path) -> None:
+    """In place of that of the sidecar; the tighter it is, the nearer samples are to the mean."""
+    found = {}
+    for prior in (None, 1e3, 1e12):
+        samples = {"count": 2, **({} if prior is None else {"prior": prior})}
+        results = run(recipe([tuned], samples=samples)).results
+        mean, sampled = (data_sets["texts"]["loss"]["value"] for data_sets in results["scores"].values())
+        found[prior] = abs(sampled - mean)
+        assert [model.get("prior") for model in results["models"].values()] == [None, prior]
+    assert found[1e12] < 1e-4 < found[None]
+    assert found[1e3] != found[None]
+    shutil.copytree(tuned, tmp_path / "unsaid")
+    path = tmp_path / "unsaid" / "precision.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["mergekit_bayes"])
+    save_file(load_file(path), path, metadata={"mergekit_bayes": json.dumps({**metadata, "prior_precision": None})})
+    refused = refusal_of(recipe([tmp_path / "unsaid"], samples={"count": 2, "prior": 5.0}))
+    assert (
+        "does not say which prior is in its precisions; expected its prior_precision, or no `samples.prior`" in refused
+    )
 
 
 def test_rows_that_a_model_has_no_place_for(bert: Path) -> None:

@@ -289,6 +289,7 @@ def test_only_the_layers_of_the_adapter_that_is_meant_are_sampled(
     with sample_posterior(model, folder, sample=0) as posterior:
         inside = weights_in(model)
     assert posterior.adapter == "other"
+    assert posterior.certain == ()
     changed = {key for key in inside if not torch.equal(inside[key], before[key])}
     assert changed == {key for key in inside if key.endswith("k_proj.base_layer.weight")}
 
