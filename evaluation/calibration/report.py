@@ -63,10 +63,14 @@ def _verdict(each: Results) -> str:
 
 def _temperatures(found: Results) -> str:
     rows = [
-        [run["run"], ", ".join(f"{name} {value:.3g}" for name, value in run["temperatures"].items()) or "-"]
+        [run["run"], ", ".join(f"{name} {_used(value)}" for name, value in run["temperatures"].items()) or "-"]
         for run in found["runs"]
     ]
     return _table(["run", "temperatures of samples, or their priors; factor of log-probabilities (scaled)"], rows)
+
+
+def _used(value: float | None) -> str:
+    return "infinite" if value is None else f"{value:.3g}"
 
 
 def _interval(ends: Sequence[float]) -> str:

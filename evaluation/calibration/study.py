@@ -49,26 +49,27 @@ Predictions: TypeAlias = dict[str, Prediction]
 WORDS = {"adamw": "AdamW", "ivon": "IVON"}
 
 
-def predict_run(run: Run, data: HeldOut, options: argparse.Namespace) -> tuple[Predictions, dict[str, float]]:
-    """Test predictions of a run by variant, and the temperatures they used."""
+def predict_run(run: Run, data: HeldOut, options: argparse.Namespace) -> tuple[Predictions, dict[str, float | None]]:
+    """Test predictions of a run by variant, and the temperatures or priors they used; a prior of None is the mean."""
     model = load_model(run, data.labels, device=options.device, recipe_dir=options.recipe_dir)
     predict: Callable[..., Any] = predict_probabilities
     if run.task == "causal_lm":
         predict = partial(predict_next_tokens, vocabulary=options.vocabulary)
     at_mean = predict(model, data.test)
     found: Predictions = {"mean": at_mean}
-    used: dict[str, float] = {}
+    used: dict[str, float | None] = {}
     if isinstance(at_mean, ClassPrediction):
-        used["scaled"] = best_factor(predict(model, data.validation))
-        found["mean, scaled"] = scaled(at_mean, used["scaled"])
+        factor = best_factor(predict(model, data.validation))
+        used["scaled"] = factor
+        found["mean, scaled"] = scaled(at_mean, factor)
     chooser = predict_next_tokens if run.task == "causal_lm" else predict_probabilities
     if not run.has_posterior:
         for estimator in options.estimators:
             posterior = attach_posterior(model, estimated(run, estimator, options.recipe_dir))
             chosen_prior = choose_prior(model, data.validation, posterior, predict=chooser, samples=options.samples)
-            used[f"prior of {estimator}"] = chosen_prior.prior
             # an infinite prior is the mean
             width = 0.0 if math.isinf(chosen_prior.prior) else 1.0
+            used[f"prior of {estimator}"] = chosen_prior.prior if width else None
             under = with_prior(posterior, chosen_prior.prior) if width else posterior
             found[f"samples, {estimator}"] = predict(
                 model, data.test, under, samples=options.samples, temperature=width

@@ -113,6 +113,7 @@ def test_the_study_runs_from_finished_runs_to_tables(
             folders.append(finetune(recipe, tmp_path / f"{optimizer['name']}-{seed}").folder)
     held_out = ["--validation", str(files["validation"]), "--test", str(files["test"])]
     quick = ["--samples", "2", "--bins", "5", "--vocabulary", "--device", "cpu", "--out", str(tmp_path / "out")]
+    quick += ["--estimators", "fisher", "kfac"]
     study.main(["words", *map(str, folders), *held_out, *quick])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert tables(results) in capsys.readouterr().out
@@ -121,6 +122,10 @@ def test_the_study_runs_from_finished_runs_to_tables(
     scaled_too = ["IVON, mean, scaled"] if labelled else []
     sampled = [f"IVON, samples, {name}" for name in ("posterior", "as trained", "chosen")]
     assert [name for name in found["variants"] if name.startswith("IVON")] == ["IVON, mean", *scaled_too, *sampled]
+    passes = ["AdamW, samples, fisher", "AdamW, samples, kfac"]
+    assert [name for name in found["variants"] if name.startswith("AdamW, samples")] == passes
+    priors = [run["temperatures"] for run in found["runs"] if run["optimizer"] == "adamw"]
+    assert all({"prior of fisher", "prior of kfac"} <= used.keys() for used in priors)
     assert len(found["variants"]["IVON, mean"]["nll"]["values"]) == 2
     assert found["units"]["test"] == (20 if labelled else 20 * 8)  # words after the first, and the end of the text
     report = json.loads((folders[0] / "finetune_report.json").read_text())
