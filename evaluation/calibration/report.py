@@ -10,7 +10,7 @@ from typing import Any
 
 Results = dict[str, Any]
 
-CURVES = ("AdamW, mean", "AdamW, samples, kfac", "IVON, mean", "IVON, samples, chosen")
+CURVES = ("AdamW, mean", "IVON, mean", "IVON, samples, chosen")
 
 
 def tables(results: Results) -> str:
