@@ -29,7 +29,8 @@ TinyCheckpoints = Callable[..., Path]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: begun last, it would leave all other processes without work. No coverage of slow tests.
 
-    Tracing makes tests take two thirds longer, and what the slow ones run, the others have run in its parts.
+    Tracing makes tests take two thirds longer, and what the slow ones run, the others have run in its parts. Not so
+    what only several processes do (merge/processes.py): there the report shows less than is tested.
     """
     items.sort(key=lambda item: not item.nodeid.startswith("tests/test_readme.py"))
     for item in items:

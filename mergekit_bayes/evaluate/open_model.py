@@ -68,7 +68,7 @@ class OpenModel:
         """
         if not blocks:
             return
-        used = self._under(variant) if variant.samples or variant.prune else None
+        used = self._sampled if variant.samples else self._posterior if variant.prune else None
         draws = {"samples": variant.samples, "temperature": variant.temperature, "seed": self.recipe.seed}
         with variant.applied(self._loaded.model, used):
             for number, block in blocks.items():
@@ -78,13 +78,12 @@ class OpenModel:
     def choose(self, variant: Variant) -> dict[str, Any]:
         """Chooses the temperature of samples by the validation rows; returns a `ChosenTemperature` as plain data."""
         assert self._read.validation is not None  # the recipe was checked
-        posterior = self._under(variant)
-        assert posterior is not None  # candidates without precisions were refused
+        assert self._sampled is not None  # candidates without precisions were refused
         feed = self._feed(self._read.validation)
         found = choose_temperature(
             self._loaded.model,
             [feed.batch(indices) for indices in feed.batches],
-            posterior,
+            self._sampled,
             predict=predictor(feed.rows),
             samples=variant.samples,
             seed=self.recipe.seed,
@@ -106,12 +105,6 @@ class OpenModel:
             assert isinstance(pruning, Pruning)
             return str(pruning)
 
-    def _under(self, variant: Variant) -> AttachedPosterior | None:
-        """The posterior under the prior of a variant."""
-        if variant.prior is None or self._posterior is None:
-            return self._posterior
-        return with_prior(self._posterior, variant.prior)
-
     def _feed(self, rows: Rows) -> Feed:
         return Feed(rows, self.recipe.batch_size, self._read.pad_token_id)
 
@@ -132,3 +125,11 @@ class OpenModel:
     def _posterior(self) -> AttachedPosterior | None:
         sidecar = self.candidate.sidecar
         return None if sidecar is None else attach_posterior(self._loaded.model, sidecar)
+
+    @functools.cached_property
+    def _sampled(self) -> AttachedPosterior | None:
+        """The posterior under the prior that samples are asked for with."""
+        asked = self.candidate.samples
+        if self._posterior is None or asked is None or asked.prior is None:
+            return self._posterior
+        return with_prior(self._posterior, asked.prior)

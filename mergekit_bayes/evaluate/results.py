@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mergekit_bayes.data import Part, Task
@@ -13,6 +14,7 @@ from mergekit_bayes.evaluate.intervals import Ends, Key, intervals_of
 from mergekit_bayes.evaluate.outcome import Outcome, comparable
 from mergekit_bayes.evaluate.reliability import reliability
 from mergekit_bayes.evaluate.scores import nothing, prediction_of, row_scores
+from mergekit_bayes.evaluate.variants import Variant
 from mergekit_bayes.model.environment import versions
 from mergekit_bayes.predict.scores import Score
 from mergekit_bayes.recipe.evaluate import METRICS, EvaluateRecipe
@@ -69,7 +71,7 @@ def results_without_rows(recipe: EvaluateRecipe, task: Task, candidates: Sequenc
         "task": task,
         "baseline": recipe.baseline_title,
         "data": [],
-        "models": {each.title: _about(each) | {"samples": 0, "temperature": 0.0, "prune": 0.0} for each in candidates},
+        "models": {each.title: _about(each) | asdict(Variant()) for each in candidates},
         "scores": {each.title: {} for each in candidates},
         "differences": {},
         "notes": [],
@@ -130,10 +132,7 @@ def _model(outcome: Outcome) -> dict[str, Any]:
     return {
         **_about(outcome.candidate),
         "tokenizer": outcome.encoding.tokenizer,
-        "samples": outcome.variant.samples,
-        "temperature": outcome.variant.temperature,
-        "prune": outcome.variant.prune,
-        **({} if outcome.variant.prior is None else {"prior": outcome.variant.prior}),
+        **asdict(outcome.variant),
         "chosen_temperature": outcome.chosen,
     }
 

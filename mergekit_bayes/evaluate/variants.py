@@ -48,8 +48,7 @@ class Variant:
     @property
     def identity(self) -> Mapping[str, object]:
         """What its numbers depend on."""
-        found = asdict(self)
-        return found if self.prior is not None else {key: value for key, value in found.items() if key != "prior"}
+        return asdict(self)
 
     def applied(self, model: nn.Module, posterior: AttachedPosterior | None) -> AbstractContextManager[object]:
         """The context in which the model is as this way wants it."""

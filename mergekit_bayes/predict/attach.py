@@ -37,16 +37,23 @@ class Weight:
     Attributes:
         name: in the file that the precision belongs to.
         parameter: of the model; it holds the mean, or in product space the weight below the update that is described.
-        precision: the diagonal of S at data scale, of the parameter's shape or 0-dim.
+        spread: S at data scale: where it is diagonal, of the parameter's shape or 0-dim; else a posterior with
+            Kronecker terms around zero, (out_features, in_features).
         turned: whether the parameter is (in_features, out_features).
-        spread: S with its Kronecker terms around zero, (out_features, in_features); None where S is diagonal.
     """
 
     name: str
     parameter: nn.Parameter
-    precision: Tensor
-    turned: bool = False
-    spread: Kronecker | None = None
+    spread: Tensor | Kronecker
+    turned: bool
+
+    @property
+    def precision(self) -> Tensor:
+        """The diagonal of S, of the parameter's shape or 0-dim; with Kronecker terms computed when asked for."""
+        if not isinstance(self.spread, Kronecker):
+            return self.spread
+        diagonal = self.spread.precision_tensor()
+        return diagonal.mT if self.turned else diagonal
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,9 +224,7 @@ def _weight(name: str, parameter: nn.Parameter, precisions: Precisions, reader: 
         value = value.mT
     shape = parameter.shape[::-1] if turned else parameter.shape
     around = torch.zeros((), dtype=dtype, device=parameter.device).expand(shape)
-    spread = Kronecker.unchecked(around, value.to(dtype), terms)
-    diagonal = spread.precision_tensor()
-    return Weight(name, parameter, diagonal.mT if turned else diagonal, turned, spread)
+    return Weight(name, parameter, Kronecker.unchecked(around, value.to(dtype), terms), turned)
 
 
 def _checked(value: Tensor, where: str) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mergekit_bayes.errors import EvaluateError
 from mergekit_bayes.posterior import Kronecker
@@ -127,17 +127,18 @@ def _check_positive(prior: float) -> None:
 
 
 def _exchanged(weight: Weight, old: float, new: float) -> Weight:
-    if weight.spread is None:
-        # what rounding left below the prior is a curvature of zero
-        curvature = (weight.precision.double() - old).clamp_(min=0)
-        return replace(weight, precision=(curvature + new).to(weight.precision.dtype))
     spread = weight.spread
-    diagonal = ((spread.diagonal.double() - old).clamp_(min=0) + new).to(spread.diagonal.dtype)
+    if not isinstance(spread, Kronecker):
+        return replace(weight, spread=_shifted(spread, old, new))
+    diagonal = _shifted(spread.diagonal, old, new)
     terms = combined(spread.terms)
     if len(terms) == 1 and terms[0].eigenvalues is None:
         eigen = spectrum(diagonal.new_zeros(()), terms, len(spread.mean))
         assert eigen is not None  # one term beside one number
         terms = (eigen,)
-    changed = Kronecker.unchecked(spread.mean, diagonal, terms)
-    total = changed.precision_tensor()
-    return replace(weight, precision=total.mT if weight.turned else total, spread=changed)
+    return replace(weight, spread=Kronecker.unchecked(spread.mean, diagonal, terms))
+
+
+def _shifted(precision: Tensor, old: float, new: float) -> Tensor:
+    """Another prior beside the same curvature; what rounding left below the old one is a curvature of zero."""
+    return ((precision.double() - old).clamp_(min=0) + new).to(precision.dtype)

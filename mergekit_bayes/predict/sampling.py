@@ -101,13 +101,13 @@ def _perturb(weight: Weight, noise: _Noise, temperature: float) -> None:
     parameter = weight.parameter
     # in float32 at least: what a bfloat16 weight holds is the rounded sample, not a sum of rounded terms
     wide = torch.promote_types(parameter.dtype, torch.float32)
-    if weight.spread is None:
-        deviation = (temperature / weight.precision.to(parameter.device)).sqrt()
-        _check_finite(deviation, weight, temperature)
-        draw = noise.normal(weight).to(wide).mul_(deviation.to(wide))
-    else:
+    if isinstance(weight.spread, Kronecker):
         draw = _correlated(weight, weight.spread, noise.generator(weight)).mul_(temperature**0.5)
         _check_finite(draw, weight, temperature)
+    else:
+        deviation = (temperature / weight.spread.to(parameter.device)).sqrt()
+        _check_finite(deviation, weight, temperature)
+        draw = noise.normal(weight).to(wide).mul_(deviation.to(wide))
     parameter.copy_(draw.add_(parameter))
 
 
