@@ -13,6 +13,7 @@ import torch
 from mergekit_bayes.estimate import passes
 from mergekit_bayes.estimate.rows import Feed
 from tests.estimate.runs import recipe, run
+from tests.say import say
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "fisher": {"num_examples": 11},
@@ -41,7 +42,7 @@ def main(llama: Path, adapter: Path, folder: Path) -> None:
         try:
             run(recipe(llama, adapter, **RECIPES["fisher"]), folder / "cut")
         except KeyboardInterrupt:
-            print("interrupted", flush=True)
+            say("interrupted")
 
 
 if __name__ == "__main__":

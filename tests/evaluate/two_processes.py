@@ -12,6 +12,7 @@ import torch
 from mergekit_bayes.evaluate import open_model
 from mergekit_bayes.evaluate.measure import measure_block
 from tests.evaluate.runs import recipe, run
+from tests.say import say
 
 
 def language(llama: Path, tuned: Path) -> dict[str, Any]:
@@ -49,7 +50,7 @@ def main(llama: Path, tuned: Path, bert: Path, folder: Path) -> None:
     run(questions(llama), folder / "questions")
     run(harness(llama, tuned, folder / "tasks"), folder / "harness")
     alone = run(classes(bert)).results
-    print("results" if alone else "no results", flush=True)
+    say("results" if alone else "no results")
     computed = []
 
     def measured(*arguments: Any, **options: Any) -> Any:
@@ -62,7 +63,7 @@ def main(llama: Path, tuned: Path, bert: Path, folder: Path) -> None:
     try:
         run(language(llama, tuned), folder / "cut")
     except KeyboardInterrupt:
-        print("interrupted", flush=True)
+        say("interrupted")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def recipes(llama: Path, bert: Path, *, rows: int) -> dict[str, dict[str, Any]]:
 def main() -> None:
     from mergekit_bayes.finetune.step import Stepper
     from tests.finetune.runs import recipe, run
+    from tests.say import say
 
     llama, bert, folder = (Path(argument) for argument in sys.argv[1:])
     for name, content in recipes(llama, bert, rows=2).items():
@@ -54,7 +55,7 @@ def main() -> None:
     try:
         run(recipes(llama, bert, rows=2)["samples"], folder / "stopped")
     except KeyboardInterrupt as stop:
-        print(f"process {os.environ['RANK']}: {stop}", flush=True)
+        say(f"process {os.environ['RANK']}: {stop}")
 
 
 if __name__ == "__main__":

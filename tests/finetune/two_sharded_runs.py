@@ -79,6 +79,7 @@ def stopped(content: dict[str, Any], out: Path) -> None:
     """Runs until a signal reaches one process at its third step, and then goes on."""
     from mergekit_bayes.finetune.step import Stepper
     from tests.finetune.runs import run
+    from tests.say import say
 
     original, calls = Stepper.step, 0
 
@@ -93,7 +94,7 @@ def stopped(content: dict[str, Any], out: Path) -> None:
     try:
         run(content, out)
     except KeyboardInterrupt as stop:
-        print(f"process {os.environ['RANK']}: {stop}", flush=True)
+        say(f"process {os.environ['RANK']}: {stop}")
     Stepper.step = original  # type: ignore[method-assign]
     run(content, out)
 
