@@ -9,6 +9,11 @@ pass, four times. Times are CPU time of the process, and ratios the medians of t
 work on the machine counts little. Predictions: what the posteriors of the example's three adapters say of 10,011 mixes.
 Processes: groups of four mixes, in turn by one process and by two at once, by the clock, so that this part says
 something on free cores only.
+
+On a GPU: --device cuda --size 0.5b --dtype bfloat16 --length 512. Times are by the clock then, memory is what the
+device had allocated at its peak, and only evaluations are measured. What merges into the weights there is no preview of
+this library but the least that any program has to do: the sum of the factors' products, on the device, added to a copy
+of the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -102,43 +107,89 @@ def recipe_of(base: Path, adapters: list[Path], **changes: Any) -> PreviewRecipe
     return load_recipe(content, expect=PreviewRecipe, methods=method_schemas())
 
 
-def evaluations(size: str, *, groups: int, length: int) -> dict[str, Any]:
-    """CPU seconds per group of mixes of every way, alternating."""
+def evaluations(size: str, *, groups: int, length: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Seconds per group of mixes of every way, alternating: of the processor, or by the clock with a GPU."""
     import peft
+
+    def copy() -> Any:
+        model = type(base).from_pretrained(Path(temporary) / "base").to(device, dtype)
+        return model.eval().requires_grad_(False)
 
     with tempfile.TemporaryDirectory() as temporary:
         base, adapters = made(Path(temporary), size)
+        base = base.to(device, dtype)
         methods = [
             {"merge_method": "task_arithmetic"},
             {"merge_method": "task_arithmetic", "name": "d", "space": "full"},
         ]
         stacked, dense = plan_methods(recipe_of(Path(temporary) / "base", adapters, methods=methods))
         task = rows(size, count=TOGETHER * TOGETHER, length=length)
-        plain = peft.PeftModel.from_pretrained(type(base).from_pretrained(Path(temporary) / "base"), adapters[0]).eval()
+        plain = peft.PeftModel.from_pretrained(copy(), adapters[0], autocast_adapter_dtype=False).eval()
         mixes = iter(random_mixes(ADAPTERS, TOGETHER * (groups + 2) * 2, seed=0))
+        merged = (
+            _evaluator(copy(), dense, task, mixes, together=1)
+            if device == "cpu"
+            else _merger(copy(), adapters, task, mixes, dtype)
+        )
         ways = {
             "together": _evaluator(base, stacked, in_batches(task, TOGETHER), mixes, together=TOGETHER),
             "plain adapter": lambda: [score(plain, task) for _ in range(TOGETHER)],
-            "merge, then forward": _evaluator(
-                type(base).from_pretrained(Path(temporary) / "base").eval(), dense, task, mixes, together=1
-            ),
+            "merge, then forward": merged,
         }
-        peak, _ = allocated(ways["together"])
-        runs = alternate(ways, repeats=groups, warmup=1, device="cpu")
-    cpu = {name: list(each.cpu) for name, each in runs.items()}
+        peak = _peak(ways["together"], device)
+        runs = alternate(ways, repeats=groups, warmup=1, device=device)
+    seconds = {name: list(each.cpu if device == "cpu" else each.wall) for name, each in runs.items()}
     return {
         "parameters": sum(parameter.numel() for parameter in base.parameters()),
         "mixes": groups * TOGETHER,
         "tokens_per_mix": task.units,
-        "cpu_seconds": {name: sum(values) for name, values in cpu.items()},
-        "of_plain": {name: ratio(values, cpu["plain adapter"]) for name, values in cpu.items()},
+        "cpu_seconds" if device == "cpu" else "seconds": {name: sum(values) for name, values in seconds.items()},
+        "of_plain": {name: ratio(values, seconds["plain adapter"]) for name, values in seconds.items()},
         "peak_bytes_together": peak,
     }
 
 
+def _peak(step: Callable[[], object], device: str) -> int:
+    """Bytes that a step has allocated at its peak, beyond what was there before."""
+    if device == "cpu":
+        return allocated(step)[0]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _merger(
+    model: Any, adapters: Sequence[Path], task: TaskData, mixes: Iterator[Mix], dtype: torch.dtype
+) -> Callable[[], object]:
+    """Scores the next group of mixes, each merged into the weights on their device; the base's are kept beside them."""
+    from safetensors.torch import load_file
+
+    found = [load_file(folder / "adapter_model.safetensors", device=str(model.device)) for folder in adapters]
+    names = [name.removesuffix(".lora_A.weight") for name in found[0] if name.endswith(".lora_A.weight")]
+    weights = [model.get_submodule(name.removeprefix("base_model.model.")).weight for name in names]
+    kept = [weight.clone() for weight in weights]
+    a = [torch.cat([each[f"{name}.lora_A.weight"] for each in found]).to(dtype) for name in names]
+    b = [torch.cat([each[f"{name}.lora_B.weight"] for each in found], dim=1).to(dtype) for name in names]
+    rank, scaling = len(a[0]) // ADAPTERS, 2.0  # lora_alpha over r, as `made` chose them
+
+    def one() -> object:
+        by_row = scaling * torch.tensor(next(mixes), dtype=dtype, device=model.device).repeat_interleave(rank)
+        for weight, base, left, right in zip(weights, kept, b, a, strict=True):
+            torch.addmm(base, left * by_row, right, out=weight)
+        return score(model, task)
+
+    def step() -> object:
+        with torch.no_grad():
+            return [one() for _ in range(TOGETHER)]
+
+    return step
+
+
 def _evaluator(model: Any, method: MethodPlan, task: TaskData, mixes: Any, *, together: int) -> Callable[[], object]:
     """Scores the next group of mixes by a method."""
-    ground = Ground(model, (task,), torch.device("cpu"), torch.float32)
+    ground = Ground(model, (task,), model.device, model.dtype)
     evaluator = Evaluations(ground, together, 4 * 10**9)
 
     def step() -> object:
@@ -230,43 +281,53 @@ def predictions(partitions: int) -> dict[str, Any]:
 
 def page(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    runs, told = results["evaluations"], results["predictions"]
+    runs = results["evaluations"]
+    clock = "CPU seconds" if "cpu_seconds" in runs else "seconds"
     lines = [
         f"{runs['mixes']} mixes of {ADAPTERS} adapters of rank 8 on all linear layers of a Llama of "
         f"{runs['parameters'] / 1e6:.1f} M parameters, {runs['tokens_per_mix']} tokens each:",
         "",
-        "| way | CPU seconds | of a plain adapter model |",
+        f"| way | {clock} | of a plain adapter model |",
         "| --- | ---: | ---: |",
     ]
-    for name, seconds in runs["cpu_seconds"].items():
+    for name, seconds in runs[clock.lower().replace(" ", "_")].items():
         lines.append(f"| {name} | {seconds:.1f} | {runs['of_plain'][name]:.3f} |")
     lines += [
         "",
         f"Peak of what torch allocated for the first group that shares forward passes, adapters included and the base "
         f"not: {runs['peak_bytes_together'] / 2**20:.0f} MiB.",
         "",
-        f"| predicted for {told['mixes']} mixes | seconds | CPU seconds | largest error, of the increase at the base |",
-        "| --- | ---: | ---: | ---: |",
     ]
-    for name in ("posterior", "task_arithmetic"):
-        each = told[name]
-        lines.append(f"| {name} | {each['seconds']:.2f} | {each['cpu_seconds']:.2f} | {each['largest_error']:.1e} |")
+    told, both = results.get("predictions"), results.get("processes")
+    if told is not None:
+        lines += [
+            f"| predicted for {told['mixes']} mixes | seconds | CPU seconds | "
+            "largest error, of the increase at the base |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for name in ("posterior", "task_arithmetic"):
+            each = told[name]
+            cells = [f"{each['seconds']:.2f}", f"{each['cpu_seconds']:.2f}", f"{each['largest_error']:.1e}"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
     holds = {True: "yes", False: "NO"}
-    both = results.get("processes")  # there are none on a machine of one core
-    together, seconds = runs["of_plain"]["together"], told["posterior"]["seconds"]
+    together = runs["of_plain"]["together"]
+    time = "CPU time" if "cpu_seconds" in runs else "time"
     lines += [
-        "",
         "| promise | measured | wanted | holds |",
         "| --- | ---: | ---: | ---: |",
-        f"| mixes together, CPU time over that of a plain adapter model | {together:.3f} | <= {AIM_RATIO} | "
+        f"| mixes together, {time} over that of a plain adapter model | {together:.3f} | <= {AIM_RATIO} | "
         f"{holds[together <= AIM_RATIO]} |",
-        f"| {told['mixes']} predictions, seconds | {seconds:.2f} | <= {AIM_SECONDS:g} | "
-        f"{holds[seconds <= AIM_SECONDS]} |",
-        *([] if both is None else _about_processes(both, holds[both["speed_up"] >= AIM_SPEED_UP])),
-        "",
-        f"{described(results['machine'], results['load'])} {results['date']}. "
-        "`OMP_NUM_THREADS=1 python -m evaluation.speed.preview`",
     ]
+    if told is not None:
+        seconds = told["posterior"]["seconds"]
+        lines.append(
+            f"| {told['mixes']} predictions, seconds | {seconds:.2f} | <= {AIM_SECONDS:g} | "
+            f"{holds[seconds <= AIM_SECONDS]} |"
+        )
+    if both is not None:  # there are none on a machine of one core
+        lines += _about_processes(both, holds[both["speed_up"] >= AIM_SPEED_UP])
+    lines += ["", f"{described(results['machine'], results['load'])} {results['date']}. `{results['command']}`"]
     return "\n".join(lines) + "\n"
 
 
@@ -288,16 +349,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--groups", type=int, default=16, help="groups of four mixes")
     parser.add_argument("--length", type=int, default=64, help="tokens per row; sixteen rows are scored")
     parser.add_argument("--partitions", type=int, default=140, help="of the lattice that is predicted")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", type=Path, default=HERE)
     options = parser.parse_args(arguments)
+    given = "".join(
+        f" --{name} {value}"
+        for name, value in vars(options).items()
+        if name != "out" and value != parser.get_default(name)
+    )
+    where = {"device": options.device, "dtype": getattr(torch, options.dtype)}
     results: dict[str, Any] = {
-        "machine": machine("cpu"),
+        "machine": machine(options.device),
         "date": date.today().isoformat(),
-        "evaluations": evaluations(options.size, groups=options.groups, length=options.length),
-        "predictions": predictions(options.partitions),
+        "command": f"OMP_NUM_THREADS=1 python -m evaluation.speed.preview{given}",
+        "evaluations": evaluations(options.size, groups=options.groups, length=options.length, **where),
     }
-    if (os.cpu_count() or 1) > 1:
-        results["processes"] = processes(options.size, groups=options.groups, length=options.length)
+    if options.device == "cpu":
+        results["predictions"] = predictions(options.partitions)
+        if (os.cpu_count() or 1) > 1:
+            results["processes"] = processes(options.size, groups=options.groups, length=options.length)
     results["load"] = os.getloadavg()[0]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "preview.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from evaluation.speed import preview
+from mergekit_bayes.preview.design import random_mixes
 
 
 @pytest.mark.slow
@@ -28,3 +31,18 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert results["processes"]["same_numbers"] is True
         assert min(results["processes"]["per_second"].values()) > 0
         assert "| two processes, evaluations per second over those of one |" in page
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+def test_what_merges_on_a_device_and_what_shares_forward_passes_have_the_same_scores(tmp_path: Path) -> None:
+    base, adapters = preview.made(tmp_path, "tiny")
+    task = preview.rows("tiny", count=16, length=8)
+    mixes = random_mixes(3, 4, seed=5)
+    (method,) = preview.plan_methods(preview.recipe_of(tmp_path / "base", adapters, methods=["task_arithmetic"]))
+    (seen,) = preview._evaluator(base, method, preview.in_batches(task, 4), iter(mixes), together=4)()
+    merged = preview._merger(copy.deepcopy(base), adapters, task, iter(mixes), torch.float32)()
+    expected = [alone for (alone,) in merged]
+    for one, other in zip(seen, expected, strict=True):
+        assert one.scores["random"]["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert len({round(each["loss"], 5) for each in expected}) == 4
