@@ -29,7 +29,7 @@ def pairs() -> tuple[list[Tensor], list[Tensor]]:
 def test_samples_and_means_are_exchanged() -> None:
     parameters, means = pairs()
     samples, kept = [tensor.clone() for tensor in parameters], [tensor.clone() for tensor in means]
-    exchange_(parameters, means)
+    exchange_(dict(zip(parameters, means, strict=True)))
     assert all(torch.equal(a, b) for a, b in zip(parameters, kept, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(means, samples, strict=True))
 
@@ -59,7 +59,7 @@ def test_an_interrupted_exchange_still_restores_the_means(after: bool, monkeypat
         with monkeypatch.context() as patch:
             patch.setattr(torch, "_foreach_copy_", _Interrupting(torch._foreach_copy_, number, after=after))
             try:
-                exchange_(parameters, means)
+                exchange_(dict(zip(parameters, means, strict=True)))
             except KeyboardInterrupt:
                 interrupted += 1
         assert all(torch.equal(a, b) for a, b in zip(parameters, kept, strict=True))

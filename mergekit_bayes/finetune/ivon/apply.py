@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from mergekit_bayes.finetune.ivon.fused import can_fuse, fused_update_
+from mergekit_bayes.finetune.ivon.pack import Group, Pack
 from mergekit_bayes.finetune.ivon.sharding import local
-from mergekit_bayes.finetune.ivon.underway import Group, Work
+from mergekit_bayes.finetune.ivon.underway import Work
 from mergekit_bayes.finetune.ivon.update import Coefficients, Estimate, blocks, update_
 
 __all__ = ["apply_"]
@@ -30,14 +31,19 @@ def apply_(
     """
     lists: dict[tuple[int, torch.device, int], list[list[Tensor]]] = {}
     coefficients: dict[tuple[int, int], Coefficients] = {}
-    for group, parameter, gradient, estimate in work:
-        state = states[parameter]
-        state["step"] += 1
-        state["hess_init_share"] *= group["beta2"]
-        which, count = id(group), state["step"]
+    for group, unit, gradient, estimate in work:
+        members = unit.states if isinstance(unit, Pack) else [states[unit]]
+        for state in members:
+            state["step"] += 1
+            state["hess_init_share"] *= group["beta2"]
+        which, count = id(group), members[0]["step"]
         if (which, count) not in coefficients:
             coefficients[which, count] = Coefficients.of(group, count, kind(group))
-        row = (local(parameter), local(state["momentum"]), local(state["hess"]), gradient, estimate)
+        if isinstance(unit, Pack):
+            _apply_to_pack(unit, gradient, estimate, coefficients[which, count], fusing=fusing)
+            continue
+        (state,) = members
+        row = (local(unit), local(state["momentum"]), local(state["hess"]), gradient, estimate)
         if fusing and can_fuse(*row):
             fused_update_(*row, coefficients=coefficients[which, count])
             continue
@@ -47,3 +53,14 @@ def apply_(
     for (which, _, count), tensors in lists.items():
         for block in blocks(tensors):
             update_(*block, coefficients=coefficients[which, count])
+
+
+def _apply_to_pack(pack: Pack, gradient: Tensor, estimate: Tensor, coefficients: Coefficients, *, fusing: bool) -> None:
+    mean = pack.joined()
+    row = (mean, pack.momentum, pack.hess, gradient, estimate)
+    if fusing and can_fuse(*row):
+        fused_update_(*row, coefficients=coefficients)
+    else:
+        for block in blocks([[tensor] for tensor in row]):
+            update_(*block, coefficients=coefficients)
+    pack.write_(mean)

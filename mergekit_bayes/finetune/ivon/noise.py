@@ -24,8 +24,8 @@ ALIGNMENT = 64
 CHUNK_ON_CPU = 1 << 15
 """Seeding costs a few percent of drawing that many, and a model with fewer weights draws no more than that."""
 
-CHUNK_ELSEWHERE = 1 << 22
-"""On an accelerator a launch costs as much as drawing a million, so that the weights of an adapter take a few."""
+CHUNK_ELSEWHERE = 1 << 24
+"""On an accelerator a launch costs as much as drawing millions, and a model of any size should take few."""
 
 
 def aligned(entries: int) -> int:

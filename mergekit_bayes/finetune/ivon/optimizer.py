@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from mergekit_bayes.finetune.ivon.fused import decide
 from mergekit_bayes.finetune.ivon.loading import check_shapes, in_float32
 from mergekit_bayes.finetune.ivon.noise import PREDICT, TRAIN, KeyedNoise, aligned, stream_key
 from mergekit_bayes.finetune.ivon.options import check_group, check_whole
+from mergekit_bayes.finetune.ivon.pack import Pack, Packs, Place, Unit, UnitPlace
 from mergekit_bayes.finetune.ivon.prior import solve_prior
 from mergekit_bayes.finetune.ivon.reduction import average_over_processes, process_rank
 from mergekit_bayes.finetune.ivon.sampling import Row, clones, exchange_, perturb_all_, restore_
@@ -29,7 +30,7 @@ from mergekit_bayes.finetune.ivon.sharding import (
     refuse_foreign_sharding,
     refuse_foreign_wrapper,
 )
-from mergekit_bayes.finetune.ivon.underway import Place, StepUnderWay
+from mergekit_bayes.finetune.ivon.underway import StepUnderWay
 
 __all__ = ["IVON"]
 
@@ -85,8 +86,8 @@ class IVON(Optimizer):
         seed: of the noise; the global generators are neither used nor changed.
         fused: one pass over memory for the sample and one for the update, by torch.compile. None: where the weights
             are so many that the seconds of compiling come back (4 million on CPU, 64 million on an accelerator) and
-            a compiler works; foreach operations otherwise. Small tensors always go through those. The numbers are
-            the same to rounding, and the same in every run of one kind.
+            a compiler works; foreach operations otherwise. The numbers are the same to rounding, and the same in
+            every run of one kind.
 
     Raises:
         FinetuneError: an option out of range.
@@ -152,6 +153,7 @@ class IVON(Optimizer):
         self._active: str | None = None
         self._under_way = StepUnderWay(self.mc_samples)
         self._fusing: bool | None = None
+        self._packs = Packs()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters; their curvature starts at h0.
@@ -225,34 +227,58 @@ class IVON(Optimizer):
         trainable = list(self._trainable())
         self._check_sharding(trainable)
         self._active = "train" if train else "predict"
-        means: dict[Tensor, Tensor] = {}
+        means: dict[Unit, Tensor] = {}
+        packed: dict[Unit, Tensor] = {}
+        units = self._units(trainable, anew=True)
         try:
-            self._perturb(trainable, means, train, sample, temperature)
+            self._perturb(units, means, packed, train, sample, temperature)
             yield
         except BaseException:
-            self._leave(trainable, means, keep=False)
+            self._leave(units, means, packed, keep=False)
             if train:  # a sample that failed counts for nothing
                 self._under_way.fail_sample(trainable)
             raise
         else:
-            self._leave(trainable, means, keep=train)
+            self._leave(units, means, packed, keep=train)
             if train:
                 self._under_way.end_sample(trainable)
         finally:
             self._active = None
 
+    def _units(self, trainable: list[Place], *, anew: bool = False) -> Sequence[UnitPlace]:
+        """Small neighbours taken together, where every step is one sample that all processes see.
+
+        Args:
+            trainable: every trainable parameter.
+            anew: also if what was taken together before no longer holds, unless a step is under way.
+        """
+        if self.mc_samples > 1 or self.noise == "per_process":
+            return trainable
+        units = self._packs.units(trainable)
+        if units is not None:
+            return units
+        self._under_way.unpack()
+        if not anew or self._under_way.contexts:
+            return trainable
+        for group, _, parameter in trainable:
+            self._start(group, parameter)
+        return self._packs.form(trainable, self.state)
+
     @torch.no_grad()
-    def _leave(self, trainable: list[Place], means: dict[Tensor, Tensor], *, keep: bool) -> None:
+    def _leave(
+        self, units: Sequence[UnitPlace], means: dict[Unit, Tensor], packed: dict[Unit, Tensor], *, keep: bool
+    ) -> None:
         """Restores the mean; keeps the sample where the step needs it and does not have it yet."""
         samples = self._under_way.samples
         fresh = {
-            parameter: means.pop(parameter)
-            for group, _, parameter in (trainable if keep else ())
-            if group["hess_approx"] == "price" and parameter not in samples
+            unit
+            for group, _, unit in (units if keep else ())
+            if group["hess_approx"] == "price" and unit not in samples
         }
-        restore_(list(means), list(means.values()))
-        exchange_(list(fresh), list(fresh.values()))
-        samples.update(fresh)
+        exchanged = {unit: means.pop(unit) for *_, unit in units if unit in fresh and isinstance(unit, Tensor)}
+        restore_(means)
+        exchange_(exchanged)
+        samples.update({unit: sample for unit, sample in (*exchanged.items(), *packed.items()) if unit in fresh})
         self._drop_gathered()
 
     def _check_sample(self, train: bool, sample: int | None, temperature: float) -> None:
@@ -275,25 +301,39 @@ class IVON(Optimizer):
 
     @torch.no_grad()
     def _perturb(
-        self, trainable: list[Place], means: dict[Tensor, Tensor], train: bool, sample: int | None, temperature: float
+        self,
+        units: Sequence[UnitPlace],
+        means: dict[Unit, Tensor],
+        packed: dict[Unit, Tensor],
+        train: bool,
+        sample: int | None,
+        temperature: float,
     ) -> None:
-        for group, _, parameter in trainable:
+        """Fills the parameters with a sample, `means` with what they were, `packed` with the samples of packs."""
+        singles = [(group, at, unit) for group, at, unit in units if not isinstance(unit, Pack)]
+        for group, _, parameter in singles:
             self._start(group, parameter)
         if train:
-            self._under_way.begin_sample(trainable)
+            self._under_way.begin_sample(singles)
         key, sign = self._key(train, sample)
         samples = self._under_way.samples if train else {}
-        held = {parameter: samples[parameter] for *_, parameter in trainable if parameter in samples}
+        held = {unit: samples[unit] for *_, unit in units if unit in samples}
         self._drop_gathered()
-        means.update(zip([p for *_, p in trainable], clones([local(p) for *_, p in trainable]), strict=True))
-        restore_(list(held), list(held.values()))  # a sample this step has drawn before
+        means.update(zip([p for *_, p in singles], clones([local(p) for *_, p in singles]), strict=True))
+        means.update({unit: unit.joined() for *_, unit in units if isinstance(unit, Pack)})
+        restore_(held)  # a sample this step has drawn before
         rows = []
-        for group, at, parameter in trainable:
-            if parameter not in held:
-                scale = sign * math.sqrt(temperature / group["ess"])
-                hess, weight_decay = self.state[parameter]["hess"], group["weight_decay"]
-                rows.append(Row.of(parameter, hess, at, scale=scale, weight_decay=weight_decay))
-        perturb_all_(rows, self._generator, key, fusing=self._decide_fusing())
+        for group, at, unit in units:
+            if unit in held:
+                continue
+            scale, weight_decay = sign * math.sqrt(temperature / group["ess"]), group["weight_decay"]
+            if isinstance(unit, Pack):
+                packed[unit] = means[unit].clone()
+                rows.append(Row(packed[unit], unit.hess, scale, weight_decay, at))
+            else:
+                rows.append(Row.of(unit, self.state[unit]["hess"], at, scale=scale, weight_decay=weight_decay))
+        perturb_all_(rows, self._generator, key, fusing=self._decide_fusing(units))
+        restore_(packed)
 
     def _key(self, train: bool, sample: int | None) -> tuple[int, int]:
         """The key of the noise of a sample, and its sign."""
@@ -319,10 +359,11 @@ class IVON(Optimizer):
                     yield group, at, parameter
                 at += aligned(parameter.numel())
 
-    def _decide_fusing(self) -> bool:
+    def _decide_fusing(self, units: Sequence[UnitPlace]) -> bool:
         """Decided when the first sample is drawn: by then the weights are where they will be trained."""
         if self._fusing is None:
-            self._fusing = decide(self.fused, [local(parameter) for _, _, parameter in self._trainable()])
+            tensors = [unit.hess if isinstance(unit, Pack) else local(unit) for *_, unit in units]
+            self._fusing = decide(self.fused, tensors)
         return self._fusing
 
     def _start(self, group: Mapping[str, Any], parameter: Tensor) -> None:
@@ -383,15 +424,16 @@ class IVON(Optimizer):
         loss = None if closure is None else self._run_closure(closure)
         self._check_contexts()
         trainable = list(self._trainable())
-        work, kind = self._under_way.gather(trainable, products=self.noise == "per_process")
+        units = self._units(trainable)
+        work, kind = self._under_way.gather(units, products=self.noise == "per_process")
         if self.noise == "per_process":
             # every process takes part, also one whose parameters got no gradient
             work, finite = average_over_processes(work, trainable)
         else:
             finite = all_finite([gradient for _, _, gradient, _ in work])
-            finite = agree(finite, [parameter for *_, parameter in trainable])
+            finite = agree(finite, [unit for *_, unit in units if isinstance(unit, Tensor)])
         if finite:
-            apply_(work, self.state, kind, fusing=self._decide_fusing())
+            apply_(work, self.state, kind, fusing=self._decide_fusing(units))
         else:
             self._set_own("skipped", self.param_groups[0]["skipped"] + 1)
         self._set_own("draws", self.param_groups[0]["draws"] + 1)

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mergekit_bayes.errors import FinetuneError
-from mergekit_bayes.finetune.ivon.underway import Place, Work
+from mergekit_bayes.finetune.ivon.pack import Place
+from mergekit_bayes.finetune.ivon.underway import Work
 
 __all__ = ["average_over_processes", "process_rank"]
 
@@ -30,7 +31,7 @@ def average_over_processes(work: Work, trainable: Sequence[Place]) -> tuple[Work
     """Averages gradients and products in place, in buckets, and tells every process the same about their health.
 
     Args:
-        work: group, parameter, gradient and product of what got a gradient here.
+        work: group, parameter, gradient and product of what got a gradient here; no packs.
         trainable: all that is, in the same order everywhere.
 
     Returns:

@@ -6,7 +6,7 @@ tensor per parameter: the mean while the parameter is the sample, and the sample
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,13 +15,14 @@ from torch import Tensor
 
 from mergekit_bayes.finetune.ivon.fused import can_fuse, fused_perturb_
 from mergekit_bayes.finetune.ivon.noise import KeyedNoise, aligned, room_for
+from mergekit_bayes.finetune.ivon.pack import Pack, Unit
 from mergekit_bayes.finetune.ivon.sharding import cut_like, local, local_range
 from mergekit_bayes.finetune.ivon.update import blocks, perturb_
 
 __all__ = ["Row", "clones", "exchange_", "perturb_all_", "restore_"]
 
-DRAWN_ON_CPU, DRAWN_ELSEWHERE = 1 << 20, 1 << 24
-"""Numbers drawn before they are used: 4 MiB on CPU, few launches elsewhere."""
+DRAWN_ON_CPU, DRAWN_ELSEWHERE = 1 << 20, 1 << 26
+"""Numbers drawn before they are used: 4 MiB on CPU; 256 MiB elsewhere, for few launches."""
 
 PIECE_ON_CPU, PIECE_ELSEWHERE = 7 << 20, 1 << 28
 """Entries of a piece of memory. What is larger than 32 MiB, the allocator of glibc takes from the system each time and
@@ -154,16 +155,29 @@ def _fills(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
 
 
-def restore_(parameters: Sequence[Tensor], means: Sequence[Tensor]) -> None:
-    """Writes the means back; local parts are asked for anew, an engine may have moved them meanwhile."""
+def restore_(values: Mapping[Unit, Tensor]) -> None:
+    """Writes means back, or a sample; also when this is interrupted."""
+    try:
+        _write_(values)
+    except BaseException:
+        _write_(values)  # a second time changes nothing where the first one came
+        raise
+
+
+def _write_(values: Mapping[Unit, Tensor]) -> None:
+    # local parts are asked for anew, an engine may have moved them meanwhile
+    parameters = {unit: value for unit, value in values.items() if isinstance(unit, Tensor)}
     if parameters:
-        torch._foreach_copy_([local(parameter) for parameter in parameters], list(means))
+        torch._foreach_copy_([local(parameter) for parameter in parameters], list(parameters.values()))
+    for unit, flat in values.items():
+        if isinstance(unit, Pack):
+            unit.write_(flat)
 
 
-def exchange_(parameters: Sequence[Tensor], means: Sequence[Tensor]) -> None:
+def exchange_(means: Mapping[Tensor, Tensor]) -> None:
     """Swaps samples and means: the parameters get the means, also when this is interrupted."""
     alike: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    for parameter, mean in zip(parameters, means, strict=True):
+    for parameter, mean in means.items():
         alike.setdefault(mean.device, []).append((local(parameter), mean))
     pending = [block for each in alike.values() for block in blocks(list(zip(*each, strict=True)))]
     try:

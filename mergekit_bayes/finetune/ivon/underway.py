@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.ivon.pack import Group, Pack, Place, Unit, UnitPlace
 from mergekit_bayes.finetune.ivon.sharding import local, local_gradient
 from mergekit_bayes.finetune.ivon.update import Estimate, differences_
 
-__all__ = ["Group", "Place", "StepUnderWay", "Work"]
+__all__ = ["StepUnderWay", "Work"]
 
-Group = dict[str, Any]
-Place = tuple[Group, int, Tensor]
-"""Group, begin in the stream of noise, and a trainable parameter."""
+_Row: TypeAlias = tuple[Group, Unit, Tensor, Tensor]
+Work: TypeAlias = list[_Row]
+"""Group, parameter or pack, local gradient and local estimate of everything that got a gradient."""
 
-Work = list[tuple[Group, Tensor, Tensor, Tensor]]
-"""Group, parameter, local gradient and local estimate of everything that got a gradient."""
+_NO_SAMPLE = "IVON: a parameter became trainable between the context and the step"
 
 
 class StepUnderWay:
@@ -37,7 +37,7 @@ class StepUnderWay:
     def __init__(self, number: int) -> None:
         self.number = number
         self.contexts = 0
-        self.samples: dict[Tensor, Tensor] = {}
+        self.samples: dict[Unit, Tensor] = {}
         self._sums: dict[Tensor, Tensor] = {}
         self._products: dict[Tensor, Tensor] = {}
         self._norms: dict[Tensor, Tensor] = {}
@@ -101,33 +101,60 @@ class StepUnderWay:
         return lost
 
     @torch.no_grad()
-    def gather(self, trainable: Iterable[Place], *, products: bool = False) -> tuple[Work, Callable[[Group], Estimate]]:
+    def gather(
+        self, trainable: Iterable[UnitPlace], *, products: bool = False
+    ) -> tuple[Work, Callable[[Group], Estimate]]:
         """Returns what the update needs, and what its estimates are; afterwards samples and averages are used up.
 
         Args:
-            trainable: in any order.
+            trainable: in any order; packs only where there is one sample per step.
             products: form them now, because they have to be averaged over processes.
 
         Raises:
             FinetuneError: a gradient without a sample, or a sparse one.
         """
         work: Work = []
-        for group, _, parameter in trainable:
-            if self.number > 1:
-                if parameter not in self._sums or not self._follow(group, parameter):
-                    continue
-                gradient = local_gradient(parameter, self._sums[parameter])
-                estimate = self._products[parameter]
-            else:
-                if parameter.grad is None:
-                    continue
-                gradient = local_gradient(parameter, parameter.grad)
-                sample = self.samples.pop(parameter, None)
-                formed = products or sample is None
-                estimate = _product(group, parameter, gradient, sample) if formed else cast("Tensor", sample)
-            work.append((group, parameter, gradient, estimate))
+        for group, _, unit in trainable:
+            rows = self._pack_rows(group, unit) if isinstance(unit, Pack) else [self._row(group, unit, products)]
+            work += [row for row in rows if row is not None]
         kind = Estimate.PRODUCT if products or self.number > 1 else Estimate.SAMPLE
         return work, lambda group: Estimate.CURVATURE if group["hess_approx"] == "gradsq" else kind
+
+    def unpack(self) -> None:
+        """Takes the samples of packs apart: their members go on as parameters of their own."""
+        for pack in [unit for unit in self.samples if isinstance(unit, Pack)]:
+            self._unpack(pack)
+
+    def _unpack(self, pack: Pack) -> None:
+        sample = self.samples.pop(pack, None)
+        if sample is not None:
+            self.samples.update(zip(pack.members, pack.parts(sample), strict=True))
+
+    def _pack_rows(self, group: Group, pack: Pack) -> Sequence[_Row | None]:
+        """The work of a pack, or that of its members where they go different ways."""
+        gradient = pack.gradient() if pack.in_step else None
+        if gradient is None:
+            self._unpack(pack)
+            return [self._row(group, member) for member in pack.members]
+        if group["hess_approx"] == "gradsq":
+            return [(group, pack, gradient, _squared(group, gradient))]
+        if pack not in self.samples:
+            raise FinetuneError(_NO_SAMPLE)
+        return [(group, pack, gradient, self.samples.pop(pack))]
+
+    def _row(self, group: Group, parameter: Tensor, products: bool = False) -> _Row | None:
+        """The work of a parameter; None without a gradient."""
+        if self.number > 1:
+            if parameter not in self._sums or not self._follow(group, parameter):
+                return None
+            return group, parameter, local_gradient(parameter, self._sums[parameter]), self._products[parameter]
+        if parameter.grad is None:
+            return None
+        gradient = local_gradient(parameter, parameter.grad)
+        sample = self.samples.pop(parameter, None)
+        formed = products or sample is None
+        estimate = _product(group, parameter, gradient, sample) if formed else cast("Tensor", sample)
+        return group, parameter, gradient, estimate
 
     def _follow(self, group: Mapping[str, Any], parameter: Tensor) -> bool:
         """Does to the products what was done to the averaged gradient since; False if that was dropped."""
@@ -144,10 +171,14 @@ class StepUnderWay:
 def _product(group: Mapping[str, Any], parameter: Tensor, gradient: Tensor, sample: Tensor | None) -> Tensor:
     """Distance of the sample times gradient, or the curvature estimate of `gradsq`; overwrites the sample."""
     if group["hess_approx"] == "gradsq":
-        return gradient.float().square().mul_(group["batch_size"])
+        return _squared(group, gradient)
     if sample is None:
-        raise FinetuneError("IVON: a parameter became trainable between the context and the step")
+        raise FinetuneError(_NO_SAMPLE)
     return differences_([sample], [local(parameter)])[0].mul_(gradient)
+
+
+def _squared(group: Mapping[str, Any], gradient: Tensor) -> Tensor:
+    return gradient.float().square().mul_(group["batch_size"])
 
 
 def _norm(tensor: Tensor) -> Tensor:

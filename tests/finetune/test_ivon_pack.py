@@ -1,0 +1,276 @@
+"""Small parameters that take their steps together take the steps they would take alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mergekit_bayes import IVON
+from mergekit_bayes.errors import FinetuneError
+from mergekit_bayes.finetune.ivon import optimizer as optimizer_module
+from mergekit_bayes.finetune.ivon import pack as pack_module
+from mergekit_bayes.finetune.ivon.pack import Pack, Packs
+
+OPTIONS: dict[str, Any] = {"lr": 0.05, "ess": 1e3, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 1e-3}
+SHAPES: list[tuple[int, ...]] = [(64,), (4, 32), (8, 8, 2), (192,), (5, 2), (128,), (64,), ()]
+
+
+def parameters(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter((0.1 * torch.randn(shape)).to(device, dtype)) for shape in SHAPES]
+
+
+def gradients(weights: list[nn.Parameter], step: int, without: tuple[int, ...] = ()) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for index, parameter in enumerate(weights):
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+        if index not in without and parameter.requires_grad:
+            parameter.grad = 0.3 * parameter.detach() + 0.02 * noise
+
+
+def train(optimizer: IVON, weights: list[nn.Parameter], steps: range = range(3), without: tuple[int, ...] = ()) -> None:
+    for step in steps:
+        for _ in range(optimizer.mc_samples):
+            with optimizer.sampled_params(train=True):
+                gradients(weights, step, without)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def snapshot(optimizer: IVON, weights: list[nn.Parameter]) -> list[Tensor]:
+    state = [optimizer.state[p].get(key, torch.zeros(0)) for p in weights for key in ("momentum", "hess")]
+    return [tensor.detach().clone() for tensor in (*weights, *state)]
+
+
+def packs(optimizer: IVON) -> list[Pack]:
+    units = optimizer._packs.units(list(optimizer._trainable()))
+    return [unit for *_, unit in units or [] if isinstance(unit, Pack)]
+
+
+Scenario = Callable[[list[nn.Parameter]], IVON]
+
+
+def plainly(weights: list[nn.Parameter]) -> IVON:
+    optimizer = IVON(weights, **OPTIONS)
+    train(optimizer, weights)
+    return optimizer
+
+
+def with_squared_gradients(weights: list[nn.Parameter]) -> IVON:
+    optimizer = IVON(weights, **OPTIONS, hess_approx="gradsq", batch_size=4.0)
+    train(optimizer, weights)
+    return optimizer
+
+
+def in_groups(weights: list[nn.Parameter]) -> IVON:
+    optimizer = IVON([{"params": weights[:2], "lr": 0.2}, {"params": weights[2:], "weight_decay": 0.1}], **OPTIONS)
+    train(optimizer, weights)
+    optimizer.param_groups[1]["weight_decay"] = 0.01
+    train(optimizer, weights, range(3, 5))
+    return optimizer
+
+
+def without_some_gradients(weights: list[nn.Parameter]) -> IVON:
+    optimizer = IVON(weights, **OPTIONS)
+    train(optimizer, weights, range(1), without=(1, 2))
+    assert not optimizer.state[weights[1]]["momentum"].any()
+    train(optimizer, weights, range(1, 3))  # with fewer steps behind them
+    return optimizer
+
+
+def frozen_in_between(weights: list[nn.Parameter]) -> IVON:
+    optimizer = IVON(weights, **OPTIONS)
+    train(optimizer, weights)
+    with optimizer.sampled_params(train=True):
+        gradients(weights, 7)
+    weights[1].requires_grad_(False)
+    optimizer.step()
+    optimizer.zero_grad()
+    train(optimizer, weights, range(8, 10))
+    weights[1].requires_grad_(True)
+    train(optimizer, weights, range(10, 12))
+    return optimizer
+
+
+def in_micro_batches(weights: list[nn.Parameter]) -> IVON:
+    optimizer = IVON(weights, **OPTIONS)
+    train(optimizer, weights)
+    for part in range(3):
+        with optimizer.sampled_params(train=True):
+            samples = [parameter.detach().clone() for parameter in weights]
+            gradients(weights, part)
+        with optimizer.sampled_params(train=True):
+            assert all(torch.equal(a, b) for a, b in zip(samples, weights, strict=True))
+    optimizer.step()
+    return optimizer
+
+
+def loaded(weights: list[nn.Parameter]) -> IVON:
+    first = plainly(weights)
+    stream = io.BytesIO()
+    torch.save(first.state_dict(), stream)
+    stream.seek(0)
+    optimizer = IVON(weights, **OPTIONS)
+    optimizer.load_state_dict(torch.load(stream))
+    train(optimizer, weights, range(3, 5))
+    return optimizer
+
+
+def cast(weights: list[nn.Parameter]) -> IVON:
+    optimizer = plainly(weights)
+    for parameter in weights:
+        parameter.data = parameter.data.double()
+    train(optimizer, weights, range(3, 5))
+    return optimizer
+
+
+def with_a_state_of_ones_own(weights: list[nn.Parameter]) -> IVON:
+    optimizer = plainly(weights)
+    optimizer.state[weights[1]]["hess"] = torch.full(weights[1].shape, 0.25, device=weights[1].device)
+    train(optimizer, weights, range(3, 5))
+    return optimizer
+
+
+def copied(weights: list[nn.Parameter]) -> IVON:
+    optimizer, weights[:] = copy.deepcopy((plainly(weights), weights))
+    train(optimizer, weights, range(3, 5))
+    return optimizer
+
+
+SCENARIOS = [
+    plainly,
+    with_squared_gradients,
+    in_groups,
+    without_some_gradients,
+    frozen_in_between,
+    in_micro_batches,
+    loaded,
+    cast,
+    with_a_state_of_ones_own,
+    copied,
+]
+
+
+NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_together_and_alone_are_the_same(
+    scenario: Scenario, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for limit in (1000, 0):
+        monkeypatch.setattr(pack_module, "SMALLER_ON_CPU", limit)
+        monkeypatch.setattr(pack_module, "SMALLER_ELSEWHERE", limit)
+        weights = parameters(dtype, device)
+        optimizer = scenario(weights)
+        assert bool(packs(optimizer)) == bool(limit)
+        results.append(snapshot(optimizer, weights))
+    tolerance = 1e-6 if dtype == torch.float32 or scenario is cast else 1e-3
+    for together, alone in zip(*results, strict=True):
+        torch.testing.assert_close(together, alone, rtol=tolerance, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_a_pack_may_be_compiled() -> None:
+    results = []
+    for fused in (True, False):
+        weights = [nn.Parameter(torch.linspace(-1, 1, 8192)) for _ in range(4)]
+        optimizer = IVON(weights, **OPTIONS, fused=fused)
+        train(optimizer, weights)
+        assert len(packs(optimizer)) == 1
+        assert optimizer._fusing is fused
+        results.append(snapshot(optimizer, weights))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_packs_are_neighbours_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_module, "SMALLER_ON_CPU", 1000)
+    monkeypatch.setattr(pack_module, "PACK", 400)
+    sizes = [(64,), (128,), (7,), (64,), (2000,), (64,), (320,), (64,), (0,), (64,), (10,)]
+    weights = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    weights[3] = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    optimizer = IVON([{"params": weights[:6]}, {"params": weights[6:]}], **OPTIONS)
+    with optimizer.sampled_params():
+        pass
+    found = [[member.numel() for member in pack.members] for pack in packs(optimizer)]
+    # 7 entries leave a gap behind them, bfloat16 is of another kind, 2000 are many, 320 begin another group
+    assert found == [[64, 128, 7], [320, 64], [64, 10]]
+
+
+@pytest.mark.parametrize("options", [{"mc_samples": 2}, {"noise": "per_process"}], ids=str)
+def test_nothing_is_packed_where_samples_are_averaged(options: dict[str, Any]) -> None:
+    weights = parameters()
+    optimizer = IVON(weights, **OPTIONS, **options)
+    train(optimizer, weights)
+    assert not packs(optimizer)
+
+
+def test_the_mean_comes_back_bit_for_bit() -> None:
+    weights = parameters(torch.bfloat16)
+    optimizer = plainly(weights)
+    before = [parameter.detach().clone() for parameter in weights]
+    with optimizer.sampled_params(train=True):
+        assert not any(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+    with pytest.raises(ZeroDivisionError), optimizer.sampled_params(train=True):
+        raise ZeroDivisionError
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+def test_an_interrupted_way_back_still_restores_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = parameters()
+    optimizer = plainly(weights)
+    before = [parameter.detach().clone() for parameter in weights]
+    write, calls = Pack.write_, []
+
+    def interrupting(pack: Pack, flat: Tensor) -> None:
+        calls.append(pack)
+        if len(calls) == 3:  # the second of two packs takes its sample, then the first one its mean
+            raise KeyboardInterrupt
+        write(pack, flat)
+
+    monkeypatch.setattr(Pack, "write_", interrupting)
+    with pytest.raises(KeyboardInterrupt), optimizer.sampled_params(train=True):
+        pass
+    assert len(calls) > 3
+    assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+def test_what_became_trainable_after_the_context_has_no_sample() -> None:
+    weights = parameters()
+    weights[1].requires_grad_(False)
+    optimizer = IVON(weights, **OPTIONS)
+    with optimizer.sampled_params(train=True):
+        gradients(weights, 0)
+    weights[1].requires_grad_(True)
+    weights[1].grad = torch.ones_like(weights[1])
+    with pytest.raises(FinetuneError, match="became trainable between the context and the step"):
+        optimizer.step()
+
+
+def test_packs_are_kept_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    formed = []
+
+    class Counted(Packs):
+        def form(self, *arguments: Any) -> Any:
+            formed.append(arguments)
+            return super().form(*arguments)
+
+    monkeypatch.setattr(optimizer_module, "Packs", Counted)
+    weights = parameters()
+    optimizer = IVON(weights, **OPTIONS)
+    train(optimizer, weights)
+    assert len(formed) == 1
+    assert {id(part) for pack in packs(optimizer) for part in pack._parts} <= {
+        id(state["hess"]) for state in optimizer.state.values()
+    }
