@@ -26,6 +26,12 @@ hypothesis.settings.load_profile("repository")
 TinyCheckpoints = Callable[..., Path]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run on the processor, also where there is a GPU; `-m gpu` runs those that are about one."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest test first: begun last, it would leave all other processes without work. No coverage of slow tests.
 

@@ -83,7 +83,8 @@ def machine(device: str) -> dict[str, Any]:
 
 def described(where: Mapping[str, Any], end: float) -> str:
     """The machine in a sentence."""
-    place = where["processor"] if where["device"] == "cpu" else f"{where['device']}, {where['processor']}"
+    device = "" if where["device"] == "cpu" else f"{where['device']}; "
     load = f"load {where['load at start']} at the beginning and {end:.2f} at the end"
-    cores = f"{where['cores']} cores of {place} ({where['vector instructions']})"
-    return f"{cores}, {where['threads']} thread, torch {where['torch']}; {load}."
+    cores = f"{where['cores']} cores of {where['processor']} ({where['vector instructions']})"
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    return f"{device}{cores}, {threads}, torch {where['torch']}; {load}."

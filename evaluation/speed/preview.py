@@ -127,7 +127,7 @@ def evaluations(size: str, *, groups: int, length: int, device: str, dtype: torc
         stacked, dense = plan_methods(recipe_of(Path(temporary) / "base", adapters, methods=methods))
         task = rows(size, count=TOGETHER * TOGETHER, length=length)
         plain = peft.PeftModel.from_pretrained(copy(), adapters[0], autocast_adapter_dtype=False).eval()
-        mixes = iter(random_mixes(ADAPTERS, TOGETHER * (groups + 2) * 2, seed=0))
+        mixes = iter(random_mixes(ADAPTERS, TOGETHER * (groups + 2) * 4, seed=0))
         merged = (
             _evaluator(copy(), dense, task, mixes, together=1)
             if device == "cpu"

@@ -72,13 +72,13 @@ class _Layer(nn.Module):
                 "pass where every layer sees rows first; set evaluation.mixes_per_batch: 1"
             )
         times = self.mixes if self._alike(x) else 1
-        seen = x[: rows // times]
-        copies = (times, *[1] * (x.dim() - 1))
+        seen = x if times == 1 else x[: rows // times]
         y: Tensor = self.base(seen)
-        y = y.repeat(copies) if times > 1 else y
-        scale = self.diagonal if x.dim() == 2 else self.diagonal[:, None]
         inner = nn.functional.linear(seen.to(self.a.dtype), self.a)
-        inner = inner.repeat(copies).mul_(scale) if times > 1 else inner.mul_(scale)
+        if times > 1:
+            copies = (times, *[1] * (x.dim() - 1))
+            y, inner = y.repeat(copies), inner.repeat(copies)
+        inner.mul_(self.diagonal if x.dim() == 2 else self.diagonal[:, None])
         flat = y.view(-1, y.shape[-1])
         if flat.dtype == inner.dtype:
             flat.addmm_(inner.flatten(0, -2), self.b_transposed)
@@ -110,6 +110,7 @@ class StackedAdapters:
         labels = sorted(source.label for source in method.plan.sources)
         places = [[source.label for source in method.plan.sources].index(label) for label in labels]
         self._layers: dict[str, _Layer] = {}
+        owners: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         with BlockReader() as reader, torch.no_grad():
             operands = OperandReader(reader, torch.float32, "cpu")
             for step in method.plan.steps:
@@ -123,7 +124,9 @@ class StackedAdapters:
                 ]
                 a = torch.cat([factors.a for factors, _ in pairs]).to(device, dtype)
                 b = torch.cat([factors.b for factors, _ in pairs], dim=1).to(device, dtype)
-                owner = torch.cat([torch.full((len(factors.a),), place) for factors, place in pairs]).to(device)
+                places_of_rows = tuple(place for factors, place in pairs for _ in range(len(factors.a)))
+                # most layers have the same ones: what is chosen for a batch is chosen once for all of them
+                owner = owners.setdefault((device, places_of_rows), torch.tensor(places_of_rows, device=device))
                 self._layers[step.name] = _Layer(layer, a, b, owner)
 
     @contextmanager
@@ -141,9 +144,11 @@ class StackedAdapters:
         """Says what the next batch holds: so many rows of every mix, one mix after the other."""
         weights = torch.tensor([self.method.effective(mix) for mix in mixes], dtype=torch.float64)
         by_row = weights.repeat_interleave(rows, dim=0)
-        places = {layer.a.device: by_row.to(layer.a.device, layer.a.dtype) for layer in self._layers.values()}
+        diagonals: dict[Tensor, Tensor] = {}
         for layer in self._layers.values():
-            layer.diagonal, layer.mixes = places[layer.a.device][:, layer.owner], len(mixes)
+            if layer.owner not in diagonals:
+                diagonals[layer.owner] = by_row.to(layer.a.device, layer.a.dtype)[:, layer.owner]
+            layer.diagonal, layer.mixes = diagonals[layer.owner], len(mixes)
 
 
 def _device_of(layer: Any) -> torch.device:

