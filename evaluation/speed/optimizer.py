@@ -175,13 +175,12 @@ def table(name: str, case: dict[str, Any]) -> list[str]:
             f"Drawing the numbers and moving the bytes alone would be {most(found):.2f} times as fast as ivon-opt.",
         ]
     noise = found["wall"]["normal numbers"] / found["wall"]["AdamW, fused"]
-    lines += [
-        f"It takes {found['IVON of fused AdamW']:.1f} times as long as fused AdamW; drawing the normal numbers alone",
-        f"takes {noise:.1f} times as long.",
-    ]
-    if not case["memory"]:  # on a GPU
-        lines[-1] += f" At most {AIM_ON_A_GPU:g} times is the aim."
-    return [*lines, ""]
+    times = f"It takes {found['IVON of fused AdamW']:.1f} times as long as fused AdamW"
+    if case["memory"]:
+        return [*lines, f"{times}; drawing the normal numbers alone", f"takes {noise:.1f} times as long.", ""]
+    # on a GPU
+    aim = f"{times}; at most {AIM_ON_A_GPU:g} times is the aim."
+    return [*lines, aim, f"Drawing the normal numbers alone takes {noise:.1f} times as long.", ""]
 
 
 def _rounded(nanoseconds: float) -> str:

@@ -291,11 +291,12 @@ def page(results: dict[str, Any]) -> str:
         f"{runs['mixes']} mixes of {ADAPTERS} adapters of rank 8 on all linear layers of a Llama of "
         f"{runs['parameters'] / 1e6:.1f} M parameters, {runs['tokens_per_mix']} tokens each:",
         "",
-        f"| way | {clock} | of a plain adapter model |",
-        "| --- | ---: | ---: |",
+        f"| way | {clock} | mixes per {clock.removesuffix('s')} | of a plain adapter model |",
+        "| --- | ---: | ---: | ---: |",
     ]
     for name, seconds in runs[clock.lower().replace(" ", "_")].items():
-        lines.append(f"| {name} | {seconds:.1f} | {runs['of_plain'][name]:.3f} |")
+        rate = runs["mixes"] / seconds
+        lines.append(f"| {name} | {seconds:.1f} | {rate:.1f} | {runs['of_plain'][name]:.3f} |")
     lines += [
         "",
         f"Peak of what torch allocated for the first group that shares forward passes, adapters included and the base "

@@ -17,6 +17,7 @@ from evaluation.pages import PAGES, Page, Preparation
 
 ROOT = Path(command.__file__).parent.parent
 PYTHON = "python -m evaluation."
+SPEED = [page for page in PAGES if page.name.startswith("speed/")]
 
 
 def words(text: str) -> list[str]:
@@ -48,13 +49,14 @@ def options(module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 def test_every_folder_with_a_page_is_in_the_table() -> None:
     folders = {path.parent.name for path in (ROOT / "evaluation").glob("*/README.md")}
-    assert folders == {page.folder for page in PAGES}
+    assert folders == {page.folder.partition("/")[0] for page in PAGES}
     assert len({page.name for page in PAGES}) == len(PAGES)
 
 
 def test_every_result_of_a_folder_of_speed_is_in_the_table() -> None:
-    measured = {path.stem for path in (ROOT / "evaluation" / "speed").glob("*.json")} - {"results"} | {"merge"}
-    assert measured == {page.name.partition("/")[2] for page in PAGES if page.folder == "speed"}
+    results = (ROOT / "evaluation" / "speed").rglob("*.json")
+    measured = {str(path.relative_to(ROOT / "evaluation").with_suffix("")) for path in results}
+    assert measured - {"speed/results"} | {"speed/merge"} == {page.name for page in SPEED}
 
 
 @pytest.mark.parametrize("module", modules())
@@ -70,7 +72,7 @@ def test_commands_answer_help_and_know_the_options_of_table_and_pages(
         assert "--out" in known
 
 
-@pytest.mark.parametrize("folder", sorted({page.folder for page in PAGES}))
+@pytest.mark.parametrize("folder", sorted({page.folder.partition("/")[0] for page in PAGES}))
 def test_pages_show_commands_of_the_table(folder: str) -> None:
     texts = shown(ROOT / "evaluation" / folder / "README.md")
     table = [words(each) for page in PAGES if page.folder == folder for each in page.commands]
@@ -80,11 +82,10 @@ def test_pages_show_commands_of_the_table(folder: str) -> None:
         assert [text for text in table if text not in texts] == []
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.folder == "speed"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SPEED, ids=lambda page: page.name)
 def test_measurements_of_speed_were_made_by_the_command_of_the_table(page: Page) -> None:
-    name = page.name.partition("/")[2]
-    path = ROOT / "evaluation" / "speed" / ("README.md" if name == "merge" else f"{name}.md")
-    texts = re.findall(rf"`([^`]*{re.escape(PYTHON + 'speed.' + name)}[^`]*)`", path.read_text())
+    path = ROOT / "evaluation" / ("speed/README.md" if page.name == "speed/merge" else f"{page.name}.md")
+    texts = re.findall(rf"`([^`]*{re.escape(PYTHON)}speed\.[^`]*)`", path.read_text())
 
     def placed(text: str) -> list[str]:
         return ["PYTHON" if word.startswith(("MERGEKIT", "PYTHON")) else word for word in words(text)]

@@ -33,6 +33,12 @@ def test_the_benchmark_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert "| two processes, evaluations per second over those of one |" in page
 
 
+@pytest.mark.parametrize("folder", ["", "gpu"])
+def test_the_pages_show_the_committed_results(folder: str) -> None:
+    pages = Path(preview.__file__).parent / folder
+    assert (pages / "preview.md").read_text() == preview.page(json.loads((pages / "preview.json").read_text()))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
 def test_what_merges_on_a_device_and_what_shares_forward_passes_have_the_same_scores(tmp_path: Path) -> None:

@@ -119,7 +119,16 @@ def test_both_steps_of_an_adapter_begin_with_the_same_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(optimizer, "optimizer"), (lora_step, "lora_step"), (fisher, "fisher"), (adapters, "adapters")]
+    ("module", "name"),
+    [
+        (optimizer, "optimizer"),
+        (optimizer, "gpu/optimizer"),
+        (lora_step, "lora_step"),
+        (lora_step, "gpu/lora_step"),
+        (lora_step, "gpu/lora_step_nf4"),
+        (fisher, "fisher"),
+        (adapters, "adapters"),
+    ],
 )
 def test_the_pages_show_the_committed_results(module: Any, name: str) -> None:
     if not (PAGES / f"{name}.json").exists():
