@@ -4,6 +4,7 @@
 - options.py: which values its options may take
 - noise.py: normal numbers that depend on (seed, draw, sample, place) and on nothing else
 - sampling.py: from means to a sample and back
+- pack.py: small parameters side by side in memory, so that a step is few operations
 - underway.py: the gradients of one step, over micro-batches and samples
 - update.py: the equations on tensors, by operations that need no compiler
 - fused.py: the same, compiled

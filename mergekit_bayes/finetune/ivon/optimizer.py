@@ -59,7 +59,8 @@ class IVON(Optimizer):
     context. After `fully_shard`, `bind(model)` tells it whose weights it samples. Engines that train copies of the
     weights (DeepSpeed ZeRO, FSDP 1) are refused: a sample would not reach them.
 
-    All options can differ between parameter groups except seed, mc_samples, antithetic and noise.
+    All options can differ between parameter groups except seed, mc_samples, antithetic and noise. The state of small
+    parameters lies in tensors that they share.
 
     Args:
         params: parameters, or groups of them.
@@ -254,7 +255,7 @@ class IVON(Optimizer):
         """
         if self.mc_samples > 1 or self.noise == "per_process":
             return trainable
-        units = self._packs.units(trainable)
+        units = self._packs.units(trainable, self.state)
         if units is not None:
             return units
         self._under_way.unpack()

@@ -44,11 +44,8 @@ class Pack:
         self._sizes = [member.numel() for member in members]
         self._flat = [member.detach().view(-1) for member in members]
         self._addresses = [member.data_ptr() for member in members]
-        self.momentum = self._together("momentum")
-        self.hess = self._together("hess")
-        self._parts = self.parts(self.hess)
-        for state, part in zip(self.states, self._parts, strict=True):
-            state["hess"] = part
+        self.momentum, self.hess = self._together("momentum"), self._together("hess")
+        self._held = [(state["momentum"], state["hess"]) for state in self.states]
 
     def _together(self, key: str) -> Tensor:
         flat = _joined([state[key] for state in self.states])
@@ -56,13 +53,17 @@ class Pack:
             state[key] = part
         return flat
 
-    @property
-    def holds(self) -> bool:
-        """Whether members and their states are still where they were when this was made."""
-        return all(
-            state["hess"] is part and member.data_ptr() == address
-            for state, part, member, address in zip(
-                self.states, self._parts, self.members, self._addresses, strict=True
+    def holds(self, states: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether members and their states are still where they were when this was made.
+
+        Args:
+            states: of the optimizer, by parameter.
+        """
+        # a state that was cleared or exchanged was so for all of its members
+        return states.get(self.members[0]) is self.states[0] and all(
+            state["momentum"] is momentum and state["hess"] is hess and member.data_ptr() == address
+            for state, (momentum, hess), member, address in zip(
+                self.states, self._held, self.members, self._addresses, strict=True
             )
         )
 
@@ -115,16 +116,17 @@ class Packs:
         self._trainable: list[Tensor] = []
         self._units: list[UnitPlace] = []
 
-    def units(self, trainable: Sequence[Place]) -> list[UnitPlace] | None:
+    def units(self, trainable: Sequence[Place], states: Mapping[Tensor, dict[str, Any]]) -> list[UnitPlace] | None:
         """Returns packs and all parameters that are in none, in the order of the stream; None if they no longer hold.
 
         Args:
             trainable: all parameters, in that order.
+            states: of the optimizer, by parameter.
         """
         same = len(trainable) == len(self._trainable) and all(
             parameter is known for (*_, parameter), known in zip(trainable, self._trainable, strict=True)
         )
-        holding = same and all(unit.holds for *_, unit in self._units if isinstance(unit, Pack))
+        holding = same and all(unit.holds(states) for *_, unit in self._units if isinstance(unit, Pack))
         return self._units if holding and self._units else None
 
     def form(self, trainable: Sequence[Place], states: Mapping[Tensor, dict[str, Any]]) -> list[UnitPlace]:
