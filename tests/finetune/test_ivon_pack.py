@@ -94,7 +94,10 @@ def frozen_in_between(weights: list[nn.Parameter]) -> IVON:
     optimizer.zero_grad()
     train(optimizer, weights, range(8, 10))
     weights[1].requires_grad_(True)
+    weights[2].requires_grad_(False)  # as many as before, but others
+    before = [weights[place].detach().clone() for place in (1, 2)]
     train(optimizer, weights, range(10, 12))
+    assert [torch.equal(weights[place], before[place - 1]) for place in (1, 2)] == [False, True]
     return optimizer
 
 
@@ -207,15 +210,34 @@ def test_a_pack_may_be_compiled() -> None:
 def test_packs_are_neighbours_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_module, "SMALLER_ON_CPU", 1000)
     monkeypatch.setattr(pack_module, "PACK", 400)
-    sizes = [(64,), (128,), (7,), (64,), (2000,), (64,), (320,), (64,), (0,), (64,), (10,)]
+    sizes = [64, 128, 64, 192, 7, 64, 2000, 64, 320, 64, 64, 128, 0, 64, 10]
     weights = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    weights[3] = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
-    optimizer = IVON([{"params": weights[:6]}, {"params": weights[6:]}], **OPTIONS)
+    weights[2] = nn.Parameter(torch.zeros(64, dtype=torch.bfloat16))
+    optimizer = IVON([{"params": weights[:8]}, {"params": weights[8:]}], **OPTIONS)
     with optimizer.sampled_params():
         pass
     found = [[member.numel() for member in pack.members] for pack in packs(optimizer)]
-    # 7 entries leave a gap behind them, bfloat16 is of another kind, 2000 are many, 320 begin another group
-    assert found == [[64, 128, 7], [320, 64], [64, 10]]
+    # another dtype follows the first two; 7 entries leave a gap, 2000 are many, 320 begin a group, more than 400 a pack
+    assert found == [[64, 128], [192, 7], [320, 64], [64, 128], [64, 10]]
+
+
+def test_within_a_step_nothing_is_taken_together_anew() -> None:
+    weights = parameters()
+    optimizer = plainly(weights)
+    with optimizer.sampled_params(train=True):
+        gradients(weights, 7)
+        samples = [parameter.detach().clone() for parameter in weights]
+    weights[6].requires_grad_(False)
+    with torch.no_grad():
+        weights[0].add_(1.0)  # the sample of this step is what it was all the same
+    with optimizer.sampled_params(train=True):
+        assert not packs(optimizer)
+        assert all(torch.equal(a, b) for a, b in zip(samples[:6], weights[:6], strict=True))
+    weights[6].requires_grad_(True)
+    with optimizer.sampled_params(train=True):
+        assert torch.equal(weights[1], samples[1])
+    optimizer.step()
+    assert {state["step"] for state in optimizer.state.values()} == {4}
 
 
 @pytest.mark.parametrize("options", [{"mc_samples": 2}, {"noise": "per_process"}], ids=str)

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mergekit_bayes.finetune.ivon.fused import SMALLEST_ON_CPU
-from mergekit_bayes.finetune.ivon.noise import aligned
 from mergekit_bayes.finetune.ivon.sharding import is_sharded
 
 __all__ = ["Group", "Pack", "Packs", "Place", "Unit", "UnitPlace"]
@@ -171,7 +170,6 @@ def _follows(last: Place, place: Place) -> bool:
     (group, at, before), (other, begin, parameter) = last, place
     return (
         group is other
-        and before.numel() == aligned(before.numel())
         and at + before.numel() == begin
         and (before.dtype, before.device) == (parameter.dtype, parameter.device)
     )

@@ -19,8 +19,6 @@ _Row: TypeAlias = tuple[Group, Unit, Tensor, Tensor]
 Work: TypeAlias = list[_Row]
 """Group, parameter or pack, local gradient and local estimate of everything that got a gradient."""
 
-_NO_SAMPLE = "IVON: a parameter became trainable between the context and the step"
-
 
 class StepUnderWay:
     """Contexts entered since the last step, and what came out of them.
@@ -133,14 +131,12 @@ class StepUnderWay:
     def _pack_rows(self, group: Group, pack: Pack) -> Sequence[_Row | None]:
         """The work of a pack, or that of its members where they go different ways."""
         gradient = pack.gradient() if pack.in_step else None
-        if gradient is None:
+        squared = group["hess_approx"] == "gradsq"
+        if gradient is None or not (squared or pack in self.samples):
             self._unpack(pack)
             return [self._row(group, member) for member in pack.members]
-        if group["hess_approx"] == "gradsq":
-            return [(group, pack, gradient, _squared(group, gradient))]
-        if pack not in self.samples:
-            raise FinetuneError(_NO_SAMPLE)
-        return [(group, pack, gradient, self.samples.pop(pack))]
+        estimate = _squared(group, gradient) if squared else self.samples.pop(pack)
+        return [(group, pack, gradient, estimate)]
 
     def _row(self, group: Group, parameter: Tensor, products: bool = False) -> _Row | None:
         """The work of a parameter; None without a gradient."""
@@ -173,7 +169,7 @@ def _product(group: Mapping[str, Any], parameter: Tensor, gradient: Tensor, samp
     if group["hess_approx"] == "gradsq":
         return _squared(group, gradient)
     if sample is None:
-        raise FinetuneError(_NO_SAMPLE)
+        raise FinetuneError("IVON: a parameter became trainable between the context and the step")
     return differences_([sample], [local(parameter)])[0].mul_(gradient)
 
 
