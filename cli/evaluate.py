@@ -73,6 +73,12 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
         str | None,
         typer.Option(metavar="NUMBER", help="Of the samples, or `validation`.", show_default="1.0"),
     ] = None,
+    prior: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NUMBER", help="Precision of the samples where the data say nothing.", show_default="the sidecar's"
+        ),
+    ] = None,
     validation: Annotated[
         list[str] | None,
         typer.Option("--validation", metavar="PATH", help="Rows that choose the temperature.", show_default="none"),
@@ -118,7 +124,7 @@ def evaluate(  # noqa: PLR0913  (one argument per option)
         "lm_eval": _given(tasks=lm_eval, num_fewshot=num_fewshot, limit=limit, include_path=include_path) or None,
         "max_rows": max_rows,
         "validation": _given(eval=[{"path": path} for path in validation], **common) if validation else None,
-        "samples": _samples(samples, temperature),
+        "samples": _samples(samples, temperature, prior),
         "prune": prune or None,
         "metrics": metric or None,
         "batch_size": batch_size,
@@ -170,11 +176,11 @@ def _kind(reference: str) -> str:
     return "merge" if reference.endswith((".yaml", ".yml")) and not Path(reference).is_dir() else "model"
 
 
-def _samples(count: int | None, temperature: str | None) -> dict[str, Any] | None:
-    if count is None and temperature is None:
+def _samples(count: int | None, temperature: str | None, prior: float | None) -> dict[str, Any] | None:
+    if count is None and temperature is None and prior is None:
         return None
     try:
         value: object = None if temperature is None else float(temperature)
     except ValueError:
         value = temperature
-    return _given(count=count, temperature=value)
+    return _given(count=count, temperature=value, prior=prior)

@@ -121,11 +121,13 @@ def test_a_merge_recipe_stands_for_its_merge(command: Command, site: Path) -> No
 def test_options_are_those_of_a_recipe(command: Command, site: Path) -> None:
     options = ["--samples", "2", "--temperature", "validation", "--validation", "rows.jsonl", "--prune", "0.5"]
     options += ["--max-length", "16", "--packing", "--batch-size", "2", "--seed", "3", "--base-model", "base"]
+    options += ["--prior", "50"]
     done = command("evaluate", "tuned", "--data", "rows.jsonl", "--out", "scores", "-q", *options)
     assert (done.code, done.out, done.err) == (0, "", "")
     results = json.loads((site / "scores" / "results.json").read_text())
     assert [*results["scores"]] == ["tuned", "tuned (2 samples)", "tuned (pruned 0.5)"]
     assert results["seed"] == 3
+    assert [model.get("prior") for model in results["models"].values()] == [None, 50, None]
     assert command("scores/evaluate_recipe.yaml", "again", "-q").code == 0
     assert (site / "again" / "results.json").read_bytes() == (site / "scores" / "results.json").read_bytes()
 
