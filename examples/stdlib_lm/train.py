@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python examples/stdlib_lm/train.py [--stages tokenizer base adapters cards]
 
-About an hour on one core. Adapters and precisions are made by the recipes in `recipes/finetune/stdlib_lm`. Seeds are
-fixed; the numbers depend on the Python version (whose text this is) and, in the last digits, on the machine.
+About an hour on one core that multiplies in bfloat16, several where the processor has to emulate that. Adapters and
+precisions are made by the recipes in `recipes/finetune/stdlib_lm`. Seeds are fixed; the numbers depend on the Python
+version (whose text this is) and, in the last digits, on the machine.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from mergekit_bayes.finetune.setup import Setup, without_cache
 from mergekit_bayes.finetune.state import capture, restore
 from mergekit_bayes.finetune.step import Stepper
 from mergekit_bayes.finetune.trackers import Trackers
+from mergekit_bayes.model.environment import slow_dtype
 
 if TYPE_CHECKING:
     from mergekit_bayes.recipe.finetune import FinetuneRecipe
@@ -159,3 +160,21 @@ def _introduce(setup: Setup, beginning: Beginning, shown: Progress) -> None:
     shown.note(f"{count:,} trainable parameters, {setup.length.steps:,} steps of {setup.feed.global_batch} rows")
     if setup.start is not None and beginning.checkpoint is None:
         shown.note(setup.start.line())
+    slow = _slow(setup)
+    if slow is not None:
+        shown.note(slow)
+
+
+def _slow(setup: Setup) -> str | None:
+    """What to change where the processor has to emulate what the model computes in."""
+    import torch
+
+    mixed = setup.accelerator.mixed_precision
+    if mixed == "no":
+        dtype = next(each.dtype for each in setup.loaded.model.parameters() if each.is_floating_point())
+        change = "`model.dtype: float32`"
+    else:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed]
+        change = f"a run without `training.{mixed}`"
+    found = slow_dtype(dtype, setup.accelerator.device)
+    return None if found is None else f"{found}; {change} would take less time"

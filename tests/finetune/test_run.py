@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from mergekit_bayes.checkpoint.sidecar import open_sidecar
 from mergekit_bayes.errors import DataError, FinetuneError, MergekitBayesError, OutputError, RecipeError
 from mergekit_bayes.finetune.run import FinetuneResult, finetune
+from mergekit_bayes.model import environment
 from mergekit_bayes.recipe import load_recipe
 from tests.finetune.runs import TABLES, log_of, recipe, run, same_tensors, tensors_of
 
@@ -367,3 +368,26 @@ def test_an_input_may_not_be_the_output(llama: Path, tmp_path: Path) -> None:
 def test_a_recipe_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="expected a recipe of kind `finetune`, found `merge`"):
         finetune({"merge_method": "linear", "models": [{"model": "a"}]}, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("sections", "change"),
+    [
+        ({"model": {"dtype": "bfloat16"}}, "`model.dtype: float32` would take less time"),
+        ({"training": {"max_steps": 1, "bf16": True}}, "a run without `training.bf16` would take less time"),
+        ({"model": {"dtype": "float32"}}, None),
+    ],
+)
+def test_a_dtype_that_the_processor_emulates_is_told(
+    sections: dict[str, dict[str, object]],
+    change: str | None,
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(environment, "_times_as_long", lambda _: 9.0)
+    run(recipe(llama, **{"training": {"max_steps": 1}, **sections}), tmp_path / "out", progress=True)
+    said = capsys.readouterr().err
+    assert ("times as long" in said) is (change is not None)
+    assert change is None or f"in bfloat16 as in float32; {change}\n" in said
