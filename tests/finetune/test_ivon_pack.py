@@ -279,6 +279,25 @@ def test_an_interrupted_way_back_still_restores_the_mean(monkeypatch: pytest.Mon
     assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
 
 
+def test_what_was_first_used_to_predict_can_be_trained() -> None:
+    weights, others = parameters(), parameters()
+    optimizer = IVON(weights, **OPTIONS)
+    with torch.inference_mode(), optimizer.sampled_params():
+        pass
+    train(optimizer, weights)
+    expected = snapshot(plainly(others), others)
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(optimizer, weights), expected, strict=True))
+
+
+def test_a_refused_context_can_be_entered_again() -> None:
+    weights = parameters()
+    optimizer = IVON(weights, **OPTIONS)
+    weights[0].ds_id = 7  # type: ignore[attr-defined]
+    for _ in range(2):
+        with pytest.raises(FinetuneError, match="managed by DeepSpeed ZeRO"), optimizer.sampled_params():
+            pass
+
+
 def test_what_became_trainable_after_the_context_has_no_sample() -> None:
     weights = parameters()
     weights[1].requires_grad_(False)

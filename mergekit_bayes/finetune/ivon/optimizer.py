@@ -227,10 +227,10 @@ class IVON(Optimizer):
         self._check_sample(train, sample, temperature)
         trainable = list(self._trainable())
         self._check_sharding(trainable)
+        units = self._units(trainable, anew=True)
         self._active = "train" if train else "predict"
         means: dict[Unit, Tensor] = {}
         packed: dict[Unit, Tensor] = {}
-        units = self._units(trainable, anew=True)
         try:
             self._perturb(units, means, packed, train, sample, temperature)
             yield
@@ -261,9 +261,10 @@ class IVON(Optimizer):
         self._under_way.unpack()
         if not anew or self._under_way.contexts:
             return trainable
-        for group, _, parameter in trainable:
-            self._start(group, parameter)
-        return self._packs.form(trainable, self.state)
+        with torch.inference_mode(False), torch.no_grad():  # what is made here is trained later
+            for group, _, parameter in trainable:
+                self._start(group, parameter)
+            return self._packs.form(trainable, self.state)
 
     @torch.no_grad()
     def _leave(
