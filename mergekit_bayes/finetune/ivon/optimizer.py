@@ -19,10 +19,10 @@ from mergekit_bayes.finetune.ivon.fused import decide
 from mergekit_bayes.finetune.ivon.loading import check_shapes, in_float32
 from mergekit_bayes.finetune.ivon.noise import PREDICT, TRAIN, KeyedNoise, aligned, stream_key
 from mergekit_bayes.finetune.ivon.options import check_group, check_whole
-from mergekit_bayes.finetune.ivon.pack import Pack, Packs, Place, Unit, UnitPlace
+from mergekit_bayes.finetune.ivon.pack import Pack, Packs, Place, UnitPlace
 from mergekit_bayes.finetune.ivon.prior import solve_prior
 from mergekit_bayes.finetune.ivon.reduction import average_over_processes, process_rank
-from mergekit_bayes.finetune.ivon.sampling import Row, clones, exchange_, perturb_all_, restore_
+from mergekit_bayes.finetune.ivon.sampling import Draw, Excursion
 from mergekit_bayes.finetune.ivon.sharding import (
     drop_gathered,
     is_sharded,
@@ -229,18 +229,17 @@ class IVON(Optimizer):
         self._check_sharding(trainable)
         units = self._units(trainable, anew=True)
         self._active = "train" if train else "predict"
-        means: dict[Unit, Tensor] = {}
-        packed: dict[Unit, Tensor] = {}
+        away = Excursion(units)
         try:
-            self._perturb(units, means, packed, train, sample, temperature)
+            self._leave(away, units, train, sample, temperature)
             yield
         except BaseException:
-            self._leave(units, means, packed, keep=False)
+            self._return(away, keep=False)
             if train:  # a sample that failed counts for nothing
                 self._under_way.fail_sample(trainable)
             raise
         else:
-            self._leave(units, means, packed, keep=train)
+            self._return(away, keep=train)
             if train:
                 self._under_way.end_sample(trainable)
         finally:
@@ -267,20 +266,8 @@ class IVON(Optimizer):
             return self._packs.form(trainable, self.state)
 
     @torch.no_grad()
-    def _leave(
-        self, units: Sequence[UnitPlace], means: dict[Unit, Tensor], packed: dict[Unit, Tensor], *, keep: bool
-    ) -> None:
-        """Restores the mean; keeps the sample where the step needs it and does not have it yet."""
-        samples = self._under_way.samples
-        fresh = {
-            unit
-            for group, _, unit in (units if keep else ())
-            if group["hess_approx"] == "price" and unit not in samples
-        }
-        exchanged = {unit: means.pop(unit) for *_, unit in units if unit in fresh and isinstance(unit, Tensor)}
-        restore_(means)
-        exchange_(exchanged)
-        samples.update({unit: sample for unit, sample in (*exchanged.items(), *packed.items()) if unit in fresh})
+    def _return(self, away: Excursion, *, keep: bool) -> None:
+        away.end(self._under_way.samples if keep else None)
         self._drop_gathered()
 
     def _check_sample(self, train: bool, sample: int | None, temperature: float) -> None:
@@ -302,40 +289,18 @@ class IVON(Optimizer):
             drop_gathered(self._model)
 
     @torch.no_grad()
-    def _perturb(
-        self,
-        units: Sequence[UnitPlace],
-        means: dict[Unit, Tensor],
-        packed: dict[Unit, Tensor],
-        train: bool,
-        sample: int | None,
-        temperature: float,
+    def _leave(
+        self, away: Excursion, units: Sequence[UnitPlace], train: bool, sample: int | None, temperature: float
     ) -> None:
-        """Fills the parameters with a sample, `means` with what they were, `packed` with the samples of packs."""
         singles = [(group, at, unit) for group, at, unit in units if not isinstance(unit, Pack)]
         for group, _, parameter in singles:
             self._start(group, parameter)
         if train:
             self._under_way.begin_sample(singles)
         key, sign = self._key(train, sample)
-        samples = self._under_way.samples if train else {}
-        held = {unit: samples[unit] for *_, unit in units if unit in samples}
+        draw = Draw(self._generator, key, sign, temperature, self._decide_fusing(units))
         self._drop_gathered()
-        means.update(zip([p for *_, p in singles], clones([local(p) for *_, p in singles]), strict=True))
-        means.update({unit: unit.joined() for *_, unit in units if isinstance(unit, Pack)})
-        restore_(held)  # a sample this step has drawn before
-        rows = []
-        for group, at, unit in units:
-            if unit in held:
-                continue
-            scale, weight_decay = sign * math.sqrt(temperature / group["ess"]), group["weight_decay"]
-            if isinstance(unit, Pack):
-                packed[unit] = means[unit].clone()
-                rows.append(Row(packed[unit], unit.hess, scale, weight_decay, at))
-            else:
-                rows.append(Row.of(unit, self.state[unit]["hess"], at, scale=scale, weight_decay=weight_decay))
-        perturb_all_(rows, self._generator, key, fusing=self._decide_fusing(units))
-        restore_(packed)
+        away.begin(self.state, self._under_way.samples if train else {}, draw)
 
     def _key(self, train: bool, sample: int | None) -> tuple[int, int]:
         """The key of the noise of a sample, and its sign."""

@@ -1,11 +1,13 @@
 """From means to a sample and back.
 
 Noise is drawn for as many weights at a time as stay in the cache, used at once, and never held. What is held is one
-tensor per parameter: the mean while the parameter is the sample, and the sample from then on until the step.
+tensor per parameter: the mean while the parameter is the sample, and the sample from then on until the step. Of small
+parameters both are held while a context lasts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -15,11 +17,11 @@ from torch import Tensor
 
 from mergekit_bayes.finetune.ivon.fused import can_fuse, fused_perturb_
 from mergekit_bayes.finetune.ivon.noise import KeyedNoise, aligned, room_for
-from mergekit_bayes.finetune.ivon.pack import Pack, Unit
+from mergekit_bayes.finetune.ivon.pack import Pack, Unit, UnitPlace
 from mergekit_bayes.finetune.ivon.sharding import cut_like, local, local_range
 from mergekit_bayes.finetune.ivon.update import blocks, perturb_
 
-__all__ = ["Row", "clones", "exchange_", "perturb_all_", "restore_"]
+__all__ = ["Draw", "Excursion", "Row", "exchange_", "perturb_all_", "restore_"]
 
 DRAWN_ON_CPU, DRAWN_ELSEWHERE = 1 << 20, 1 << 26
 """Numbers drawn before they are used: 4 MiB on CPU; 256 MiB elsewhere, for few launches."""
@@ -55,6 +57,83 @@ class Row(NamedTuple):
         if part is None:
             return cls(local(parameter), local(hess), scale, weight_decay, at, parameter)
         return cls(local(parameter), local(hess), scale, weight_decay, at + part[0])
+
+
+class Draw(NamedTuple):
+    """How a sample is drawn.
+
+    Attributes:
+        noise: the source of normal numbers.
+        key: of their stream.
+        sign: -1 for the opposite sample.
+        temperature: factor on the variance.
+        fusing: use compiled functions where they pay.
+    """
+
+    noise: KeyedNoise
+    key: int
+    sign: int
+    temperature: float
+    fusing: bool
+
+
+class Excursion:
+    """The means of parameters while these hold a sample.
+
+    Args:
+        units: parameters and packs, in the order of the stream.
+    """
+
+    def __init__(self, units: Sequence[UnitPlace]) -> None:
+        self._units = units
+        self._means: dict[Unit, Tensor] = {}
+        self._packed: dict[Unit, Tensor] = {}
+
+    def begin(self, states: Mapping[Tensor, Mapping[str, Tensor]], samples: Mapping[Unit, Tensor], draw: Draw) -> None:
+        """Fills the parameters with a sample.
+
+        Args:
+            states: curvature `hess` of every parameter.
+            samples: what was drawn of it before.
+            draw: the rest.
+        """
+        singles = [unit for *_, unit in self._units if not isinstance(unit, Pack)]
+        self._means.update(zip(singles, clones([local(parameter) for parameter in singles]), strict=True))
+        self._means.update({unit: unit.joined() for *_, unit in self._units if isinstance(unit, Pack)})
+        held = {unit: samples[unit] for *_, unit in self._units if unit in samples}
+        restore_(held)
+        rows = []
+        for group, at, unit in self._units:
+            if unit in held:
+                continue
+            scale, weight_decay = draw.sign * math.sqrt(draw.temperature / group["ess"]), group["weight_decay"]
+            if isinstance(unit, Pack):
+                self._packed[unit] = self._means[unit].clone()
+                rows.append(Row(self._packed[unit], unit.hess, scale, weight_decay, at))
+            else:
+                rows.append(Row.of(unit, states[unit]["hess"], at, scale=scale, weight_decay=weight_decay))
+        perturb_all_(rows, draw.noise, draw.key, fusing=draw.fusing)
+        restore_(self._packed)
+
+    def end(self, samples: dict[Unit, Tensor] | None) -> None:
+        """Restores the means, as far as they were taken.
+
+        Args:
+            samples: gets the sample of everything whose step needs it and that has none there; None if it is dropped.
+        """
+        fresh = {
+            unit
+            for group, _, unit in self._units
+            if samples is not None and group["hess_approx"] == "price" and unit not in samples
+        }
+        exchanged = {
+            unit: self._means.pop(unit) for *_, unit in self._units if unit in fresh and isinstance(unit, Tensor)
+        }
+        restore_(self._means)
+        exchange_(exchanged)
+        if samples is not None:
+            drawn = (*exchanged.items(), *self._packed.items())
+            samples.update({unit: sample for unit, sample in drawn if unit in fresh})
 
 
 def perturb_all_(rows: Sequence[Row], noise: KeyedNoise, key: int, *, fusing: bool) -> None:
