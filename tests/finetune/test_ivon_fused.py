@@ -14,18 +14,20 @@ from mergekit_bayes import IVON
 from mergekit_bayes.errors import FinetuneError
 from mergekit_bayes.finetune.ivon import fused as fused_module
 from mergekit_bayes.finetune.ivon.fused import decide, failure
+from mergekit_bayes.finetune.ivon.pack import Pack
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "ess": 1e4, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 1e-3}
 LARGE = fused_module.SMALLEST_ON_CPU
 
 
 def parameters(dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[nn.Parameter]:
-    """Large, odd, transposed, small: the last two are left to foreach."""
+    """Large, odd, transposed and small, which two are left to foreach; two that are small alone, but not together."""
     torch.manual_seed(0)
     shapes: list[tuple[int, ...]] = [(LARGE,), (LARGE + 3,), (3, LARGE), (200, 300)]
     made = [nn.Parameter((0.1 * torch.randn(shape)).to(device, dtype)) for shape in shapes]
     made.append(nn.Parameter((0.1 * torch.randn(300, 200)).to(device, dtype).t()))
-    return [*made, nn.Parameter(torch.zeros(10, dtype=dtype, device=device))]
+    made.append(nn.Parameter(torch.zeros(10, dtype=dtype, device=device)))
+    return made + [nn.Parameter((0.1 * torch.randn(LARGE // 2)).to(device, dtype)) for _ in range(2)]
 
 
 def train(optimizer: IVON, weights: list[nn.Parameter], steps: range = range(4)) -> None:
@@ -38,6 +40,12 @@ def train(optimizer: IVON, weights: list[nn.Parameter], steps: range = range(4))
                     parameter.grad = 0.3 * parameter.detach() + 0.02 * noise
         optimizer.step()
         optimizer.zero_grad()
+
+
+def packs(optimizer: IVON) -> list[list[int]]:
+    """Sizes of the members of every pack."""
+    units = optimizer._packs.units(list(optimizer._trainable()), optimizer.state) or []
+    return [[member.numel() for member in unit.members] for *_, unit in units if isinstance(unit, Pack)]
 
 
 def snapshot(optimizer: IVON, weights: list[nn.Parameter]) -> list[torch.Tensor]:
@@ -97,6 +105,7 @@ def test_compiled_steps_resume_bit_for_bit_and_leave_the_global_generator_alone(
     before = torch.get_rng_state()
     optimizer = IVON(weights, **OPTIONS, fused=True)
     train(optimizer, weights, range(2))
+    assert packs(optimizer) == [[LARGE // 2] * 2]
     resumed = IVON(others, **OPTIONS, fused=True)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for own, other in zip(others, weights, strict=True):

@@ -193,20 +193,6 @@ def test_together_and_alone_are_the_same(
         torch.testing.assert_close(together, alone, rtol=tolerance, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_a_pack_may_be_compiled() -> None:
-    results = []
-    for fused in (True, False):
-        weights = [nn.Parameter(torch.linspace(-1, 1, 8192)) for _ in range(4)]
-        optimizer = IVON(weights, **OPTIONS, fused=fused)
-        train(optimizer, weights)
-        assert len(packs(optimizer)) == 1
-        assert optimizer._fusing is fused
-        results.append(snapshot(optimizer, weights))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
-
-
 def test_packs_are_neighbours_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack_module, "SMALLER_ON_CPU", 1000)
     monkeypatch.setattr(pack_module, "PACK", 400)
