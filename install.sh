@@ -51,8 +51,7 @@ if [[ -f "$stamp" && "$(<"$stamp")" == "$wanted" ]]; then
 fi
 
 install() {
-    # nothing is compiled: Python does that with what is used, when it is first used, and most of it never is
-    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt "$@"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"
 }
 echo "install.sh: installing mergekit_bayes${extras:+[$extras]} into $venv (the first time downloads PyTorch)" >&2
 install pip setuptools
